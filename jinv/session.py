@@ -1,0 +1,386 @@
+"""A run in an output folder: metrics, pictures, checkpoints, progress; killed and resumed.
+
+folder/
+  config.yaml     what was run
+  metrics.csv     every term at every step
+  scores.csv      what the judges said on the way
+  progress/       a picture grid every k steps
+  checkpoints/    while the run is unfinished
+  summary.json    written last: its presence means "finished"
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+from jax import Array
+
+from jinv import config as configs
+from jinv import optimise
+from jinv.files import write_atomic
+from jinv.progress import Progress
+
+
+class SessionError(RuntimeError):
+    """The folder cannot be used as asked; the message says what to do."""
+
+
+class Interrupted(RuntimeError):  # noqa: N818 - not an error: the run can go on
+    """SIGTERM or Ctrl-C stopped the run after a checkpoint.
+
+    Attributes:
+      signal: its number.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.signal = number
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a run goes; nothing here changes its result.
+
+    Attributes:
+      chunk: steps between two looks of the host at the device.
+      loop: "scan", "python" or "auto"; see `optimise.run`.
+      devices: how many local devices share the batch; all by default.
+      pictures_every: steps between picture grids; 0 for none.
+      scores_every: steps between the judges' looks; 0 for the end only.
+      checkpoint_every: steps between checkpoints.
+    """
+
+    chunk: int = 10
+    loop: optimise.Loop = "auto"
+    devices: int | None = None
+    pictures_every: int = 100
+    scores_every: int = 100
+    checkpoint_every: int = 100
+
+    def __post_init__(self) -> None:
+        if self.chunk < 1 or self.checkpoint_every < 1:
+            raise ValueError("chunk and checkpoint_every must be at least 1")
+        if self.pictures_every < 0 or self.scores_every < 0:
+            raise ValueError("pictures_every and scores_every must not be negative")
+
+
+class Log:
+    """Rows of numbers by step, kept as one CSV file; columns may differ from row to row."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, **row: Any) -> None:
+        """Append a row; written by `save`."""
+        self.rows.append(row)
+
+    def columns(self) -> list[str]:
+        """Names of all columns, in order of first appearance."""
+        return list(dict.fromkeys(name for row in self.rows for name in row))
+
+    def column(self, name: str) -> list[float]:
+        """One column's values, NaN where a row has none."""
+        return [float(row.get(name, np.nan)) for row in self.rows]
+
+    def save(self) -> None:
+        """Write the file, whole or not at all."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.columns(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomic(self.path, text.getvalue())
+
+    def restore(self, before: int) -> None:
+        """Read the rows of steps below `before` back; the others will be made again."""
+        if not self.path.exists():
+            return
+        with self.path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                if int(row["step"]) < before:
+                    self.add(**{name: _value(text) for name, text in row.items() if text != ""})
+
+
+def _value(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+class Session:
+    """The output folder of one run.
+
+    Attributes:
+      metrics, scores: the logs.
+      clock: where the time went, over all sessions of the run.
+      state: after the last chunk, also when `run` raised; None before.
+
+    Args:
+      folder: made if absent.
+      config: the run's config as a plain tree.
+      options: see `Options`.
+      resume: go on from the folder's last checkpoint, if there is one.
+      overwrite: replace what an earlier run left.
+
+    Raises:
+      SessionError: the folder holds another run, and neither flag says what to do with it.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        config: Mapping[str, Any],
+        options: Options,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        self.folder = Path(folder)
+        self.options = options
+        self.metrics = Log(self.folder / "metrics.csv")
+        self.scores = Log(self.folder / "scores.csv")
+        self.clock = optimise.Clock()
+        self.state: optimise.State | None = None
+        self._checkpoints = self.folder / "checkpoints"
+        self._saved: int | None = None
+        self._began = time.perf_counter()
+        if resume and overwrite:
+            raise SessionError("--resume and --overwrite exclude each other")
+        self._claim(config, resume, overwrite)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the folder holds a run with its summary."""
+        return (self.folder / "summary.json").exists()
+
+    @property
+    def seconds(self) -> float:
+        """Time since the run began, without the time between its sessions."""
+        return time.perf_counter() - self._began
+
+    def read_summary(self) -> dict[str, Any]:
+        """The summary of a finished run."""
+        return json.loads((self.folder / "summary.json").read_text())
+
+    def _claim(self, config: Mapping[str, Any], resume: bool, overwrite: bool) -> None:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise SessionError(f"{self.folder} is a file, not a folder")
+        if overwrite:
+            self._clear()
+        elif self.finished and not resume:
+            raise SessionError(
+                f"{self.folder} holds a finished run: choose another folder, or --overwrite it"
+            )
+        elif (self.folder / "config.yaml").exists():
+            if not resume:
+                raise SessionError(
+                    f"{self.folder} holds an unfinished run: --resume it, or --overwrite it"
+                )
+            self._check_same(config)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SessionError(f"cannot make the folder {self.folder}: {error}") from None
+        if not self.finished:
+            write_atomic(self.folder / "config.yaml", configs.to_yaml(config))
+
+    def _clear(self) -> None:
+        """Remove what a run writes, and nothing else."""
+        # The summary goes first: a clearing that is cut leaves an unfinished run.
+        for name in ("summary.json", "config.yaml", "metrics.csv", "scores.csv"):
+            (self.folder / name).unlink(missing_ok=True)
+        for name in ("checkpoints", "progress", "images"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+
+    def _check_same(self, config: Mapping[str, Any]) -> None:
+        before = configs.read_yaml(self.folder / "config.yaml")
+        changed = [
+            line
+            for line in configs.differences(before, json.loads(json.dumps(dict(config))))
+            if not line.startswith("run.")
+        ]
+        if changed:
+            raise SessionError(
+                f"{self.folder} was begun with another config; resuming would mix the two. "
+                f"Different: {'; '.join(changed)}"
+            )
+
+    def run(
+        self,
+        phases: tuple[optimise.Phase, ...],
+        key: Array,
+        images: Array,
+        data: Any,
+        *,
+        pictures: Callable[[Array], bytes] | None = None,
+        score: Callable[[Array], Mapping[str, float]] | None = None,
+    ) -> optimise.State:
+        """`optimise.run` with everything a long run needs.
+
+        Args:
+          phases: the attack's program.
+          key: of the run.
+          images: initial images, lying on the devices that shall share them.
+          data: what the steps read.
+          pictures: images -> a PNG grid of them.
+          score: images -> {column: value} for scores.csv.
+
+        Raises:
+          Interrupted: SIGTERM or Ctrl-C came; a checkpoint was saved.
+          NonFiniteError: after the metrics up to there were saved.
+        """
+        total = sum(phase.steps for phase in phases)
+        every = self.options
+        with self._manager() as manager, _Signals() as stopping, Progress(phases) as progress:
+            resume = self._restore(manager, phases, images)
+
+            def callback(chunk: optimise.Chunk) -> None:
+                count = len(chunk.metrics["loss"])
+                done = chunk.start + count
+                self.state = chunk.state
+                for i in range(count):
+                    row = {name: float(values[i]) for name, values in chunk.metrics.items()}
+                    self.metrics.add(step=chunk.start + i, phase=chunk.phase, **row)
+                progress.update(chunk)
+                if pictures and _crossed(chunk.start, done, every.pictures_every):
+                    grid = self.folder / "progress" / f"step_{done:06d}.png"
+                    grid.parent.mkdir(exist_ok=True)
+                    write_atomic(grid, pictures(chunk.state.images))
+                if score and _crossed(chunk.start, done, every.scores_every) and done < total:
+                    found = score(chunk.state.images)
+                    self.scores.add(step=done, **found)
+                    progress.say(done, found)
+                if stopping() or _crossed(chunk.start, done, every.checkpoint_every):
+                    self._save(manager, chunk)
+
+            try:
+                state = optimise.run(
+                    phases,
+                    key,
+                    images,
+                    data,
+                    callback=callback,
+                    chunk=every.chunk,
+                    loop=every.loop,
+                    resume=resume,
+                    clock=self.clock,
+                    should_stop=stopping,
+                )
+            finally:
+                self.metrics.save()
+            if stopping() and int(state.step) < total:
+                raise Interrupted(
+                    f"{self.folder}: stopped at step {int(state.step)} of {total}; "
+                    "go on with --resume",
+                    stopping.number,
+                )
+            return state
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write the summary, which marks the run as finished, and drop the checkpoints."""
+        write_atomic(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        shutil.rmtree(self._checkpoints, ignore_errors=True)
+
+    @contextmanager
+    def _manager(self) -> Iterator[ocp.CheckpointManager]:
+        options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
+        manager = ocp.CheckpointManager(self._checkpoints.resolve(), options=options)
+        try:
+            yield manager
+        finally:
+            manager.wait_until_finished()
+            manager.close()
+
+    def _save(self, manager: ocp.CheckpointManager, chunk: optimise.Chunk) -> None:
+        step = chunk.start + len(chunk.metrics["loss"])
+        if step == self._saved or chunk.stopped:
+            return
+        # The logs first: rows beyond the checkpoint are dropped on resuming, missing ones are not
+        # made again.
+        self.metrics.save()
+        if self.scores.rows:
+            self.scores.save()
+        meta = {
+            "phase": chunk.phase,
+            "seconds": self.seconds,
+            "clock": dataclasses.asdict(self.clock),
+        }
+        manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(chunk.state), meta=ocp.args.JsonSave(meta)
+            ),
+        )
+        # The next step donates the state's buffers.
+        manager.wait_until_finished()
+        self._saved = step
+
+    def _restore(
+        self, manager: ocp.CheckpointManager, phases: tuple[optimise.Phase, ...], images: Array
+    ) -> tuple[int, optimise.State] | None:
+        step = manager.latest_step()
+        if step is None:
+            return None
+        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        template = optimise.abstract_state(phases[meta["phase"]], images)
+        restored = manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template))
+        )
+        self.clock = optimise.Clock(**meta["clock"])
+        self._began -= meta["seconds"]
+        self.metrics.restore(step)
+        self.scores.restore(step + 1)
+        self._saved = step
+        return meta["phase"], optimise.State(*restored["state"])
+
+
+def _crossed(start: int, done: int, every: int) -> bool:
+    """Whether a multiple of `every` lies in (start, done]."""
+    return every > 0 and done // every > start // every
+
+
+class _Signals:
+    """Within, the first SIGTERM or Ctrl-C only asks to stop; the second acts as usual."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._before: dict[int, Any] = {}
+
+    def __call__(self) -> bool:
+        """Whether one has come."""
+        return self.number != 0
+
+    def __enter__(self) -> _Signals:
+        # Python handles signals in the main thread only; elsewhere they act as usual.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def _handle(self, number: int, frame: Any) -> None:
+        del frame
+        self.number = number
+        self._restore()
+
+    def __exit__(self, *error: object) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

