@@ -33,7 +33,7 @@ def build(cls: type[T], tree: Mapping[str, Any]) -> T:
 
     settings = dacite.Config(strict=True, cast=[tuple], type_hooks={float: _number})
     try:
-        return dacite.from_dict(cls, tree, settings)  # type: ignore[type-var]
+        return dacite.from_dict(cls, tree, settings)
     except dacite.DaciteError as error:
         raise ConfigError(str(error)) from None
     except RecursionError:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,8 @@ PIXELS_RGB = Preprocessing(size=1, mean=(0.0,) * 3, std=(1.0,) * 3)
 PIXELS_GRAY = Preprocessing(size=1, mean=(0.0,), std=(1.0,))
 
 
-class Prediction(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Prediction:
     """A network's first choice: class index (B,) and its softmax probability (B,)."""
 
     index: np.ndarray

@@ -327,13 +327,13 @@ def _run_phase(
         clock.stepping += time.perf_counter() - began
         stopped = infos.stopped
         count = int(np.argmax(stopped)) if stopped.any() else len(stopped)
-        metrics = {"loss": infos.loss[:count]}
-        metrics |= {name: values[:count] for name, values in infos.terms.items()}
+        values = {"loss": infos.loss, **infos.terms}
+        metrics = {name: np.asarray(series)[:count] for name, series in values.items()}
         clock.steps += count
         blame = _first_non_finite(metrics)
         if blame is not None:
             finite, term = blame
-            metrics = {name: values[:finite] for name, values in metrics.items()}
+            metrics = {name: series[:finite] for name, series in metrics.items()}
             callback(Chunk(index, start, metrics, state, stopped=False))
             raise NonFiniteError(term, start + finite)
         done += count

@@ -43,7 +43,10 @@ def replicate(mesh: Mesh, tree: Any) -> Any:
 
 
 def enable_compilation_cache() -> None:
-    """Keep compiled programs for the next process, in JAX_COMPILATION_CACHE_DIR or ~/.cache/jinv."""
-    if not jax.config.jax_compilation_cache_dir:
+    """Keep compiled programs for later processes.
+
+    In JAX_COMPILATION_CACHE_DIR, else the user's cache folder.
+    """
+    if not jax.config.values["jax_compilation_cache_dir"]:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(base / "jinv" / "compiled"))

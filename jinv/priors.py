@@ -1,6 +1,7 @@
-"""What makes an array look like an image or like training data: arrays -> scalar, one equation each.
+"""What makes an array look like an image or like training data.
 
-Images are (B, H, W, C). Nothing here knows a network: the BatchNorm prior compares moments.
+Arrays -> scalar, one equation each. Images are (B, H, W, C). Nothing here
+knows a network: the BatchNorm prior compares moments.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A progress bar with the time left and the current terms; plain lines where there is no terminal."""
+"""A progress bar with the time left and the current terms; plain lines without a terminal."""
 
 from __future__ import annotations
 

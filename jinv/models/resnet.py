@@ -59,9 +59,7 @@ class Bottleneck(nnx.Module):
         inner, outputs = width * base_width // 64 * groups, width * self.expansion
         self.conv1 = Conv2d(inputs, inner, 1, rngs=rngs)
         self.bn1 = BatchNorm2d(inner)
-        self.conv2 = Conv2d(
-            inner, inner, 3, stride=stride, padding=1, groups=groups, rngs=rngs
-        )
+        self.conv2 = Conv2d(inner, inner, 3, stride=stride, padding=1, groups=groups, rngs=rngs)
         self.bn2 = BatchNorm2d(inner)
         self.conv3 = Conv2d(inner, outputs, 1, rngs=rngs)
         self.bn3 = BatchNorm2d(outputs)
@@ -97,23 +95,28 @@ class ResNet(nnx.Module):
         self.conv1 = Conv2d(3, 64, 7, stride=2, padding=3, rngs=rngs)
         self.bn1 = BatchNorm2d(64)
         inputs = 64
-        for stage, depth in enumerate(depths):
-            width = 64 * 2**stage
+
+        def stage(width: int, depth: int, stride: int) -> nnx.List:
+            nonlocal inputs
             blocks = []
             for i in range(depth):
-                stride = 2 if stage > 0 and i == 0 else 1
                 blocks.append(
                     block(
                         inputs,
                         width,
-                        stride=stride,
+                        stride=stride if i == 0 else 1,
                         groups=groups,
                         base_width=base_width,
                         rngs=rngs,
                     )
                 )
                 inputs = width * block.expansion
-            setattr(self, f"layer{stage + 1}", nnx.List(blocks))
+            return nnx.List(blocks)
+
+        self.layer1 = stage(64, depths[0], 1)
+        self.layer2 = stage(128, depths[1], 2)
+        self.layer3 = stage(256, depths[2], 2)
+        self.layer4 = stage(512, depths[3], 2)
         self.fc = Linear(inputs, classes, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:

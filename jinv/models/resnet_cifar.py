@@ -1,8 +1,8 @@
 """ResNets for 32 px images: 3x3 stem, no max-pool.
 
-`ResNet` has the attribute names of the widely shared CIFAR code (kuangliu's, and the one that
-DeepInversion's CIFAR experiments load); with `projection=False` it is the ResNet-20 of arXiv 1512.03385,
-section 4.2, whose shortcuts have no parameters.
+Attribute names are those of the widely shared CIFAR code (kuangliu's, and the one that
+DeepInversion's CIFAR experiments load). With `projection=False` it is the ResNet-20 of arXiv
+1512.03385, section 4.2, whose shortcuts have no parameters.
 """
 
 from __future__ import annotations
@@ -42,9 +42,7 @@ class Block(nnx.Module):
         if self.new_channels:
             half = self.new_channels // 2
             shortcut = shortcut[:, :: self.stride, :: self.stride]
-            shortcut = jnp.pad(
-                shortcut, ((0, 0), (0, 0), (0, 0), (half, self.new_channels - half))
-            )
+            shortcut = jnp.pad(shortcut, ((0, 0), (0, 0), (0, 0), (half, self.new_channels - half)))
         return jax.nn.relu(y + shortcut)
 
 
@@ -68,9 +66,7 @@ class ResNet(nnx.Module):
             blocks = []
             for i in range(depth):
                 stride = 2 if stage > 0 and i == 0 else 1
-                blocks.append(
-                    Block(inputs, width, stride=stride, projection=projection, rngs=rngs)
-                )
+                blocks.append(Block(inputs, width, stride=stride, projection=projection, rngs=rngs))
                 inputs = width
             setattr(self, f"layer{stage + 1}", nnx.List(blocks))
         self.linear = Linear(inputs, classes, rngs=rngs)

