@@ -3,14 +3,17 @@
 from jinv import image, models, objective, optimise, priors
 from jinv.image import Preprocessing
 from jinv.net import Moments, Net, Outputs
+from jinv.objective import Member, Weights
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Member",
     "Moments",
     "Net",
     "Outputs",
     "Preprocessing",
+    "Weights",
     "image",
     "models",
     "objective",

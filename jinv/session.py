@@ -85,7 +85,9 @@ class Log:
         self.rows: list[dict[str, Any]] = []
 
     def add(self, **row: Any) -> None:
-        """Append a row; written by `save`."""
+        """Append a row, or replace the last one if it is of the same step; written by `save`."""
+        if self.rows and self.rows[-1].get("step") == row.get("step"):
+            self.rows.pop()
         self.rows.append(row)
 
     def columns(self) -> list[str]:

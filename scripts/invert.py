@@ -173,6 +173,10 @@ class Inversion:
     """A recipe with its networks loaded: everything that can be wrong with it has been found."""
 
     def __init__(self, recipe: Recipe) -> None:
+        if not recipe.networks:
+            raise ValueError("the config names no network to invert")
+        if recipe.images < 1:
+            raise ValueError(f"at least one image is needed, not {recipe.images}")
         self.recipe = recipe
         self.mesh = parallel.batch_mesh(recipe.images, recipe.run.devices)
         self.members = [Member(network.load(), network.terms) for network in recipe.networks]

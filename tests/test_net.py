@@ -17,7 +17,7 @@ from jax import Array
 
 from jinv import models
 from jinv.image import Preprocessing
-from jinv.net import Moments, Net, Outputs
+from jinv.net import Moments, Net, Outputs, batch_moments
 
 SPACE = Preprocessing(size=8)
 SHAPE = (5, 8, 8, 3)
@@ -370,6 +370,36 @@ def test_float64_images_stay_float64() -> None:
         assert images.dtype == jnp.float64
         found = jax.jit(net.apply)(net.variables, images)
         assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(jnp.float64)}
+
+
+def test_derivatives_of_moments_to_second_order() -> None:
+    """Forward, reverse and, for gradient matching, reverse over reverse; against plain formulas."""
+
+    def plain(x: Array) -> Moments:
+        rows = x.reshape(-1, x.shape[-1])
+        return Moments(rows.mean(0), ((rows - rows.sum(0) / len(rows)) ** 2).sum(0) / len(rows))
+
+    def slope(moments: Callable[[Array], Moments], x: Array) -> Array:
+        def loss(x: Array) -> Array:
+            mean, var = moments(x)
+            return (jnp.sin(mean) * jnp.sqrt(var)).sum() + (var**3).sum()
+
+        return jax.grad(loss)(x)
+
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        x, v = jnp.asarray(rng.normal(1, 2, (2, 2, 3, 4, 3)))
+        for moments in (batch_moments, jax.jit(batch_moments)):
+            for found, expected in (
+                (slope(moments, x), slope(plain, x)),
+                (jax.jvp(moments, (x,), (v,))[1].mean, jax.jvp(plain, (x,), (v,))[1].mean),
+                (jax.jvp(moments, (x,), (v,))[1].var, jax.jvp(plain, (x,), (v,))[1].var),
+                (
+                    jax.grad(lambda x, m=moments: (slope(m, x) * v).sum())(x),
+                    jax.grad(lambda x: (slope(plain, x) * v).sum())(x),
+                ),
+            ):
+                np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
 
 
 # --- modules found wherever they are -------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -117,6 +117,11 @@ class Config:
                 raise ValueError(
                     f"steps and downscale must be positive, jitter at least 0: {phase}"
                 )
+        hints = get_type_hints(Config)
+        for name in ("coarse", "schedule", "label_loss"):
+            value, choices = getattr(self, name), get_args(hints[name])
+            if value not in choices:
+                raise ValueError(f"{name} is one of {', '.join(choices)}, not {value!r}")
         if self.temperature <= 0 or self.adaptive_temperature <= 0:
             raise ValueError("temperatures must be positive")
         if not 0 <= self.flip <= 1:
@@ -187,6 +192,7 @@ def build(
         raise ValueError("an attack needs at least one network")
     if (config.adaptive != 0) != (competitor is not None):
         raise ValueError("R_adi needs both a weight (adaptive) and a competitor network")
+    _check_networks([member.net for member in members], competitor)
     space = space or members[0].net.preprocessing
     size = size or members[0].net.preprocessing.size
     height, width = (size, size) if isinstance(size, int) else size
@@ -302,6 +308,8 @@ def make_optimiser(config: Config, phase: Phase) -> optax.GradientTransformation
         optimiser = factory(_schedule(config, phase, lr), **config.optimizer_args)
     except TypeError as error:
         raise ValueError(f"optax.{config.optimizer} refuses its arguments: {error}") from None
+    if not isinstance(optimiser, optax.GradientTransformation):
+        raise ValueError(f"optax.{config.optimizer} is no optimiser")
     if config.schedule != "plateau":
         return optimiser
     plateau = optax.contrib.reduce_on_plateau(
@@ -332,6 +340,21 @@ def _optimiser_factory(name: str) -> Callable[..., optax.GradientTransformation]
 
 def _percent(percent: float, steps: int) -> int:
     return max(1, round(steps * percent / 100))
+
+
+def _check_networks(nets: Sequence[Net], competitor: Net | None) -> None:
+    names = [net.name for net in nets]
+    for name in names:
+        if names.count(name) > 1:  # their terms would be taken for each other's
+            raise ValueError(
+                f"two networks in the objective are called {name}: "
+                "give one another name with dataclasses.replace(net, name=...)"
+            )
+    if competitor is not None and competitor.classes != nets[0].classes:
+        raise ValueError(
+            f"the competitor {competitor.name} has {competitor.classes} classes, "
+            f"the teacher {nets[0].name} has {nets[0].classes}"
+        )
 
 
 def _checked_targets(targets: Array | Sequence[int], members: Sequence[Member]) -> Array:
