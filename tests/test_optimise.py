@@ -415,7 +415,9 @@ def test_non_finite_loss_names_the_term_and_the_step(loop: str, bad: float, chun
     """The callback has seen every finite step and the best images before it."""
     losses = [5, 4, 2, 3, 6, bad, bad, bad]
     log = Log()
-    with pytest.raises(NonFiniteError, match="not finite at step 5; .* to blame is 'yak'") as caught:
+    with pytest.raises(
+        NonFiniteError, match=r"not finite at step 5; .* to blame is 'yak'"
+    ) as caught:
         optimise.run(
             (scripted(losses, terms=blame_script(bad)),),
             KEY,
@@ -538,9 +540,7 @@ def test_should_stop_ends_the_run_and_its_state_resumes(loop: str, after: int) -
         first, widened(second), loop=loop, chunk=4, resume=(last.phase, copied(last.state))
     )
     assert_same(resumed, whole)
-    np.testing.assert_array_equal(
-        np.concatenate([seen.metric(), rest.metric()]), log.metric()
-    )
+    np.testing.assert_array_equal(np.concatenate([seen.metric(), rest.metric()]), log.metric())
 
 
 def test_should_stop_is_obeyed_within_a_step_by_the_python_loop() -> None:

@@ -192,8 +192,8 @@ def build(
         raise ValueError("an attack needs at least one network")
     if (config.adaptive != 0) != (competitor is not None):
         raise ValueError("R_adi needs both a weight (adaptive) and a competitor network")
-    _check_networks([member.net for member in members], competitor)
     space = space or members[0].net.preprocessing
+    _check_networks([member.net for member in members], competitor, space)
     size = size or members[0].net.preprocessing.size
     height, width = (size, size) if isinstance(size, int) else size
     targets = _checked_targets(targets, members)
@@ -342,7 +342,7 @@ def _percent(percent: float, steps: int) -> int:
     return max(1, round(steps * percent / 100))
 
 
-def _check_networks(nets: Sequence[Net], competitor: Net | None) -> None:
+def _check_networks(nets: Sequence[Net], competitor: Net | None, space: Preprocessing) -> None:
     names = [net.name for net in nets]
     for name in names:
         if names.count(name) > 1:  # their terms would be taken for each other's
@@ -355,6 +355,12 @@ def _check_networks(nets: Sequence[Net], competitor: Net | None) -> None:
             f"the competitor {competitor.name} has {competitor.classes} classes, "
             f"the teacher {nets[0].name} has {nets[0].classes}"
         )
+    for net in (*nets, *(() if competitor is None else (competitor,))):
+        if space.channels not in (1, net.preprocessing.channels):
+            raise ValueError(
+                f"{space.channels}-channel images cannot be shown to {net.name}, a network of "
+                f"{net.preprocessing.channels} channels"
+            )
 
 
 def _checked_targets(targets: Array | Sequence[int], members: Sequence[Member]) -> Array:

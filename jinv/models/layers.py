@@ -74,6 +74,9 @@ class BatchNorm2d(nnx.Module):
 class Linear(nnx.Linear):
     """`torch.nn.Linear`; weight: (inputs, outputs)."""
 
+    weight: nnx.Param
+    bias: nnx.Param
+
     def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs) -> None:
         nnx.Module.__init__(self)
         bound = 1 / math.sqrt(inputs)
@@ -84,7 +87,7 @@ class Linear(nnx.Linear):
         self.weight = nnx.Param(uniform((inputs, outputs)))
         self.bias = nnx.Param(uniform((outputs,)))
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array) -> Array:  # type: ignore[override]
         """(B, inputs) -> (B, outputs)."""
         return x @ self.weight[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
 
@@ -145,5 +148,5 @@ def serial(layers: Sequence[nnx.Module], x: Array) -> Array:
     """Call layers one after the other, skipping blanks."""
     for layer in layers:
         if not isinstance(layer, Blank):
-            x = layer(x)  # type: ignore[operator]
+            x = layer(x)
     return x
