@@ -42,7 +42,9 @@ def build(cls: type[T], tree: Mapping[str, Any]) -> T:
 
 def _number(value: Any) -> Any:
     """YAML reads 1e-4 as text and 1 as an integer: both are meant as floats."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
+    if isinstance(value, bool):
+        raise ConfigError(f"a number is wanted, not {value}")
+    if not isinstance(value, int | float | str):
         return value
     try:
         return float(value)

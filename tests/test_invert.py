@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from conftest import CACHE, ROOT
 from PIL import Image
+
+from conftest import CACHE, ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
