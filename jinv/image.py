@@ -135,14 +135,14 @@ def to_bytes(pixels: Array | np.ndarray) -> np.ndarray:
 
 
 def grid(pixels: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:
-    """Tile images (B, H, W, C) into one white-framed sheet (H', W', C) of about 3:2."""
+    """Tile pixels or bytes (B, H, W, C) into one white-framed sheet (H', W', C) of about 3:2."""
     count, height, width, channels = pixels.shape
     if columns is None:
         columns = min(count, int(np.ceil(np.sqrt(count * 1.5))))
     rows = -(-count // columns)
-    sheet = np.ones(
-        (rows * (height + gap) + gap, columns * (width + gap) + gap, channels), pixels.dtype
-    )
+    white = 255 if pixels.dtype == np.uint8 else 1
+    shape = (rows * (height + gap) + gap, columns * (width + gap) + gap, channels)
+    sheet = np.full(shape, white, pixels.dtype)
     for i, image in enumerate(pixels):
         y, x = gap + (i // columns) * (height + gap), gap + (i % columns) * (width + gap)
         sheet[y : y + height, x : x + width] = image

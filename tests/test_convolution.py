@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 
@@ -15,19 +16,27 @@ from jax import Array
 from jinv.models import convolution, layers
 from jinv.net import batch_moments
 
-# Odd, even and non-square sizes; each is larger than no kernel's padding allows.
 SIZES = [(7, 10), (8, 5), (6, 6), (9, 7)]
-CASES = [
-    pytest.param(kernel, stride, padding, size, id=f"{kernel}-{stride}-{padding}-{size}")
+PADDINGS: tuple[convolution.Padding, ...] = (0, 1, 2, 3, "SAME")
+GRID: list[tuple[int, int, convolution.Padding, tuple[int, int]]] = [
+    (kernel, stride, padding, size)
     for (kernel, stride, padding), size in zip(
-        itertools.product((1, 3, 5, 7), (1, 2), (0, 1, 2, 3, "SAME")),
+        itertools.product((1, 3, 5, 7), (1, 2), PADDINGS),
         itertools.cycle(SIZES),
         strict=False,
     )
     if padding == "SAME" or min(size) + 2 * padding >= kernel
 ]
-GROUPS = {"dense": (1, 3, 4), "groups": (4, 8, 4), "depthwise": (5, 5, 5)}
+KINDS: dict[str, tuple[int, int, int]] = {
+    "dense": (1, 3, 4),
+    "grouped": (4, 8, 4),
+    "depthwise": (5, 5, 5),
+}
 """(groups, inputs, outputs)"""
+# Compiling takes all the time here.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+Form = Callable[[Array, Array], Array]
 
 
 @pytest.fixture
@@ -40,46 +49,54 @@ def _draw(shape: tuple[int, ...], seed: int, dtype: str = "float64") -> Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
-def _operands(kernel: int, size: tuple[int, int], kind: str, dtype: str) -> tuple[Array, Array]:
-    groups, inputs, outputs = GROUPS[kind]
+def _operands(
+    kernel: int, size: tuple[int, int], kind: str, dtype: str = "float64"
+) -> tuple[Array, Array]:
+    groups, inputs, outputs = KINDS[kind]
     x = _draw((2, *size, inputs), 0, dtype)
     return x, _draw((kernel, kernel, inputs // groups, outputs), 1, dtype)
 
 
-def _forms(kernel: int, kind: str, padding: convolution.Padding) -> dict[str, Callable]:
-    """The CPU forms that may stand for this convolution, besides what `on_cpu` takes."""
-    forms = {"on_cpu": convolution.on_cpu}
+def _forms(
+    kernel: int, stride: int, padding: convolution.Padding, size: tuple[int, int], kind: str
+) -> dict[str, Form]:
+    """XLA's own convolution first, then the forms that stand for it on CPU."""
+    groups = KINDS[kind][0]
+    pads = convolution._pads(size, (kernel, kernel), stride, padding)
+    forms: dict[str, Form] = {
+        "direct": lambda x, w: convolution.direct(x, w, stride, pads, groups),
+        "on_cpu": lambda x, w: convolution.on_cpu(x, w, stride, pads, groups),
+    }
     if kind == "dense":
-        forms["unfolded"] = lambda x, w, stride, pads, _: convolution.unfolded(x, w, stride, pads)
-    if kind == "dense" and kernel == 1 and padding in (0, "SAME"):
-        forms["pointwise"] = lambda x, w, stride, _pads, _: convolution.pointwise(x, w, stride)
+        forms["unfolded"] = lambda x, w: convolution.unfolded(x, w, stride, pads)
     return forms
 
 
-def _derivatives(form: Callable, x: Array, w: Array, stride: int, pads: tuple, groups: int) -> dict:
-    """Value, both gradients, and gradients of a function of both gradients."""
-
-    def loss(x: Array, w: Array) -> tuple[Array, Array]:
-        y = form(x, w, stride, pads, groups)
-        # Neither linear nor quadratic, and different at each output.
-        return (jnp.sin(y) * jnp.cos(jnp.arange(y.size)).reshape(y.shape)).sum(), y
-
-    def match(x: Array, w: Array) -> Array:
-        dx, dw = jax.grad(lambda *a: loss(*a)[0], (0, 1))(x, w)
-        return (jnp.tanh(dx) ** 2).sum() + (jnp.tanh(dw) ** 2).sum()
-
-    @jax.jit
-    def all_of_it(x: Array, w: Array) -> tuple:
-        (_, y), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True)(x, w)
-        return y, gradients, jax.grad(match, (0, 1))(x, w)
-
-    y, (dx, dw), (dx2, dw2) = all_of_it(x, w)
-    return {"y": y, "dx": dx, "dw": dw, "second dx": dx2, "second dw": dw2}
+def _assert_equal(found: dict[str, tuple], tolerance: float) -> None:
+    reference = found.pop("direct")
+    for name, values in found.items():
+        for i, (value, expected) in enumerate(zip(values, reference, strict=True)):
+            assert value.dtype == expected.dtype
+            np.testing.assert_allclose(
+                np.asarray(value, np.float64),
+                np.asarray(expected, np.float64),
+                rtol=tolerance,
+                atol=tolerance,
+                err_msg=f"{name}, value {i}",
+            )
 
 
-@pytest.mark.parametrize("kind", GROUPS)
-@pytest.mark.parametrize(("kernel", "stride", "padding", "size"), CASES)
-def test_cpu_forms_equal_xla(
+def _value_and_gradients(form: Form, x: Array, w: Array) -> tuple[Array, ...]:
+    y, transposed = jax.vjp(form, x, w)
+    return (y, *transposed(jnp.cos(jnp.arange(y.size)).reshape(y.shape).astype(y.dtype)))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "size", "kind"),
+    # Compiling one costs half a second: a third of the grid for groups, whose parts are dense.
+    [(*case, k) for i, case in enumerate(GRID) for k in KINDS if k != "grouped" or i % 3 == 0],
+)
+def test_forms_and_their_gradients_equal_xla(
     wide: None,
     kernel: int,
     stride: int,
@@ -87,13 +104,170 @@ def test_cpu_forms_equal_xla(
     size: tuple[int, int],
     kind: str,
 ) -> None:
-    x, w = _operands(kernel, size, kind, "float64")
-    pads = convolution._pads(size, (kernel, kernel), stride, padding)
-    groups = GROUPS[kind][0]
-    expected = _derivatives(convolution.direct, x, w, stride, pads, groups)
-    for name, form in _forms(kernel, kind, padding).items():
-        found = _derivatives(form, x, w, stride, pads, groups)
-        for part, value in expected.items():
-            np.testing.assert_allclose(
-                found[part], value, rtol=1e-9, atol=1e-9, err_msg=f"{name}: {part}"
-            )
+    forms = _forms(kernel, stride, padding, size, kind)
+    operands = _operands(kernel, size, kind)
+
+    @quick_jit
+    def found(x: Array, w: Array) -> dict[str, tuple]:
+        return {name: _value_and_gradients(form, x, w) for name, form in forms.items()}
+
+    _assert_equal(found(*operands), 1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(1, 2, 0), (3, 1, 1), (5, 2, "SAME")])
+def test_gradients_of_gradients_equal_xla(
+    wide: None, kernel: int, stride: int, padding: convolution.Padding, kind: str
+) -> None:
+    """As GradInversion takes them: through the gradient with respect to weights (and images)."""
+    size = (6, 7)
+    forms = _forms(kernel, stride, padding, size, kind)
+    operands = _operands(kernel, size, kind)
+
+    def match(form: Form, x: Array, w: Array) -> Array:
+        gradients = jax.grad(lambda x, w: jnp.sin(form(x, w)).sum(), (0, 1))(x, w)
+        return sum((jnp.tanh(g).sum() for g in gradients), jnp.zeros(()))
+
+    @quick_jit
+    def found(x: Array, w: Array) -> dict[str, tuple]:
+        return {
+            name: jax.grad(lambda x, w, form=form: match(form, x, w), (0, 1))(x, w)
+            for name, form in forms.items()
+        }
+
+    _assert_equal(found(*operands), 1e-10)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.15)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_narrow_types(kind: str, dtype: str, tolerance: float) -> None:
+    forms = _forms(3, 2, 1, (7, 6), kind)
+    x, w = _operands(3, (7, 6), kind, dtype)
+
+    @jax.jit
+    def found(x: Array, w: Array) -> dict[str, tuple]:
+        return {name: _value_and_gradients(form, x, w) for name, form in forms.items()}
+
+    _assert_equal(found(x, w), tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_vmap_over_images_and_weights(wide: None, kind: str) -> None:
+    form = _forms(3, 2, 1, (7, 6), kind)["on_cpu"]
+    x, w = _operands(3, (7, 6), kind)
+    x, w = jnp.stack([x, 2 * x, -x]), jnp.stack([w, w + 1, 3 * w])
+    one = quick_jit(lambda x, w: _value_and_gradients(form, x, w))
+    each = [one(*pair) for pair in zip(x, w, strict=True)]
+    together = quick_jit(jax.vmap(lambda x, w: _value_and_gradients(form, x, w)))(x, w)
+    for i, found in enumerate(together):
+        np.testing.assert_allclose(found, jnp.stack([values[i] for values in each]), rtol=1e-10)
+
+
+def test_convolve_takes_the_cpu_forms_here() -> None:
+    x, w = _operands(3, (8, 8), "depthwise", "float32")
+    with_form = str(jax.make_jaxpr(lambda x: convolution.convolve(x, w, groups=5))(x))
+    assert ("conv_general_dilated" in with_form) == (jax.default_backend() != "cpu")
+
+
+# Moments
+
+
+@pytest.mark.parametrize("shape", [(4, 9, 7, 5), (3, 2, 2, 8), (64, 3), (2, 65, 64, 3)])
+@pytest.mark.parametrize("mean_over_std", [0, 1, 30, 300])
+def test_moments_equal_numpy_in_float64(shape: tuple[int, ...], mean_over_std: float) -> None:
+    x = np.asarray(_draw(shape, 2, "float32") + np.float32(mean_over_std))
+    axes = tuple(range(x.ndim - 1))
+    moments = jax.jit(batch_moments)(x)
+    wide_x = x.astype(np.float64)
+    np.testing.assert_allclose(moments.mean, wide_x.mean(axes), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(moments.var, wide_x.var(axes), rtol=1e-4)
+
+
+def test_variance_of_a_constant_is_zero() -> None:
+    moments = jax.jit(batch_moments)(jnp.full((4, 8, 8, 3), 1000.0))
+    np.testing.assert_allclose(moments.var, 0, atol=1e-6)
+
+
+def test_gradient_of_moments_equals_plain_ones(wide: None) -> None:
+    def plain(x: Array) -> tuple[Array, Array]:
+        mean = x.mean((0, 1, 2))
+        return mean, ((x - mean) ** 2).mean((0, 1, 2))
+
+    def loss(moments: Callable, x: Array) -> Array:
+        mean, var = moments(x)
+        return jnp.linalg.norm(mean - 0.3) + jnp.linalg.norm(var - 0.7)
+
+    @quick_jit
+    def derivatives(x: Array) -> dict[str, tuple]:
+        found = {}
+        for name, moments in {"direct": plain, "ours": batch_moments}.items():
+            first = jax.grad(functools.partial(loss, moments))
+            second = jax.grad(lambda x, first=first: jnp.sin(first(x)).sum())(x)
+            tangents = jax.jvp(lambda x, m=moments: tuple(m(x)), (x,), (jnp.cos(x),))[1]
+            found[name] = (first(x), second, *tangents)
+        return found
+
+    _assert_equal(derivatives(_draw((3, 4, 5, 6), 3) + 5), 1e-9)
+
+
+def test_float32_gradient_of_the_variance_far_from_zero() -> None:
+    x = _draw((8, 14, 14, 4), 4, "float32") + 30
+    found = jax.jit(jax.grad(lambda x: batch_moments(x).var.sum()))(x)
+    wide_x = np.asarray(x, np.float64)
+    expected = 2 * (wide_x - wide_x.mean((0, 1, 2))) / (8 * 14 * 14)
+    assert np.linalg.norm(found - expected) < 1e-4 * np.linalg.norm(expected)
+
+
+def test_moments_of_bfloat16_are_float32() -> None:
+    moments = batch_moments(jnp.ones((2, 3, 3, 4), jnp.bfloat16))
+    assert moments.mean.dtype == moments.var.dtype == jnp.float32
+
+
+# Pooling and activation, against torch
+
+
+def _against_torch(
+    ours: Callable[[Array], Array], theirs: Callable[[torch.Tensor], torch.Tensor], x: np.ndarray
+) -> None:
+    images = torch.tensor(x.transpose(0, 3, 1, 2).copy(), requires_grad=True)
+    expected = theirs(images)
+    y, transposed = jax.vjp(ours, jnp.asarray(x))
+    np.testing.assert_allclose(y, expected.detach().permute(0, 2, 3, 1), rtol=1e-5, atol=1e-6)
+    dy = np.random.default_rng(9).normal(size=y.shape).astype(x.dtype)
+    expected.backward(torch.tensor(dy.transpose(0, 3, 1, 2).copy()))
+    assert images.grad is not None
+    (found,) = transposed(jnp.asarray(dy))
+    np.testing.assert_allclose(found, images.grad.permute(0, 2, 3, 1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("size", [(8, 8), (9, 7), (5, 6)])
+@pytest.mark.parametrize(("window", "stride", "padding"), [(3, 2, 1), (2, 2, 0), (3, 1, 1)])
+def test_max_pool(
+    window: int, stride: int, padding: int, size: tuple[int, int], ties: bool
+) -> None:
+    x = np.asarray(_draw((2, *size, 3), 5, "float32"))
+    _against_torch(
+        lambda x: layers.max_pool(x, window, stride, padding),
+        lambda x: torch.nn.functional.max_pool2d(x, window, stride, padding),
+        np.round(x).clip(0) if ties else x,
+    )
+
+
+def test_max_pool_passes_nan_on() -> None:
+    x = jnp.zeros((1, 4, 4, 1)).at[0, 1, 2, 0].set(jnp.nan)
+    assert jnp.isnan(layers.max_pool(x, 2, 2)).sum() == 1
+
+
+@pytest.mark.parametrize("size", [(7, 7), (4, 4), (3, 10), (14, 9)])
+def test_adaptive_average_pool(size: tuple[int, int]) -> None:
+    _against_torch(
+        lambda x: layers.adaptive_average_pool(x, 7),
+        lambda x: torch.nn.functional.adaptive_avg_pool2d(x, 7),
+        np.asarray(_draw((2, *size, 3), 6, "float32")),
+    )
+
+
+def test_relu6_and_its_gradient_at_the_kinks() -> None:
+    x = np.asarray([-1, 0, 1, 5, 6, 7], np.float32).reshape(1, 2, 3, 1)
+    _against_torch(layers.relu6, torch.nn.functional.relu6, x)

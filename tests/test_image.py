@@ -241,6 +241,7 @@ def test_grid_places_every_image_in_a_white_frame() -> None:
         np.testing.assert_array_equal(sheet[y : y + 4, x : x + 3], pixels[i])
         covered[y : y + 4, x : x + 3] = True
     assert (sheet[~covered] == 1).all()
+    assert image.grid(image.to_bytes(pixels), columns=3, gap=2)[~covered].min() == 255
 
 
 @pytest.mark.parametrize(

@@ -601,7 +601,7 @@ def test_nothing_to_run_is_an_error() -> None:
 SHARDED = """
 import json, sys
 sys.path.insert(0, "tests")
-import jax, jax.numpy as jnp, numpy as np
+import jax, jax.numpy as jnp, numpy as np, optax
 import tiny
 from jinv import optimise, parallel
 from jinv.attacks import deepinversion
@@ -646,6 +646,19 @@ for loop in ("python", "scan"):
         "rows": sorted(shard.index[0].start or 0 for shard in state.images.addressable_shards),
         "best shards": [list(shard.data.shape) for shard in state.best_images.addressable_shards],
     }
+
+# A step whose images XLA would rather leave in copies on every device.
+def gather(images):
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.lax.with_sharding_constraint(images, everywhere)
+
+mesh, sgd = parallel.batch_mesh(8), optax.sgd(0.1)
+step = optimise.make_step(lambda key, x, data: (jnp.square(x).sum(), {}), sgd, project=gather)
+phase = optimise.Phase("gather", 4, lambda images, t: optimise.init(images, sgd, t), step)
+images = parallel.shard(mesh, jnp.ones((8, 2, 2, 1)))
+state = optimise.run((phase,), jax.random.key(0), images, None, chunk=2)
+out["gathered"] = [list(shard.data.shape) for shard in state.images.addressable_shards]
+out["value"] = state.images.ravel()[0].item()
 print(json.dumps(out))
 """
 
@@ -664,6 +677,8 @@ def test_four_devices_find_the_images_of_one(run_python: Callable[..., Any]) -> 
         assert part["moved"] > 1
         assert part["shards"] == part["best shards"] == [[2, 16, 16, 3]] * 4
         assert part["rows"] == [0, 2, 4, 6]
+    assert found["gathered"] == [[2, 2, 2, 1]] * 4
+    np.testing.assert_allclose(found["value"], 0.8**4, rtol=1e-5)
 
 
 def test_batch_that_devices_cannot_share_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Networks by name: architecture, preprocessing, and where packaged weights are.
 
-    net = jinv.models.load("mobilenet_v2", weights="package")
-    net = jinv.models.load("resnet50", weights="resnet50-0676ba61.pth")
+net = jinv.models.load("mobilenet_v2", weights="package")
+net = jinv.models.load("resnet50", weights="resnet50-0676ba61.pth")
 """
 
 from jinv.models.registry import entry, load, names, packaged_weights, template

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import jax
@@ -37,8 +38,7 @@ def direct(x: Array, weight: Array, stride: int, pads: Pads, groups: int) -> Arr
 def on_cpu(x: Array, weight: Array, stride: int, pads: Pads, groups: int) -> Array:
     """Matrix products or shifted slices where these are faster than XLA's own convolution.
 
-    Only forms that JAX differentiates by itself: what is fast forward is fast backward, to any
-    order and with respect to weights too.
+    Each form is as fast backward as it is forward, with respect to weights too.
     """
     height, width, inputs, outputs = weight.shape
     if groups == 1:
@@ -77,13 +77,62 @@ def pointwise(x: Array, weight: Array, stride: int) -> Array:
     return x[:, ::stride, ::stride] @ weight[0, 0]
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def depthwise(x: Array, weight: Array, stride: int, pads: Pads) -> Array:
-    """One filter a channel, as a sum of k*k shifted slices times their weights."""
-    y = jnp.zeros((), x.dtype)
+    """One filter a channel, as a sum of k*k shifted slices times their weights.
+
+    Differentiable in reverse mode to any order; JAX's own rule for the slices would fill k*k
+    arrays with zeros (15 times slower for 5x5 with stride 2, 10 to 15 % of an EfficientNet step).
+    """
+    height, width = _output_size(x.shape[1:3], weight.shape, stride, pads)
+    y = jnp.zeros((x.shape[0], height, width, x.shape[3]), x.dtype)
     for i, row in enumerate(_shifted(x, weight, stride, pads)):
         for j, window in enumerate(row):
             y = y + window * weight[i, j, 0]
     return y
+
+
+def _depthwise_forward(
+    x: Array, weight: Array, stride: int, pads: Pads
+) -> tuple[Array, tuple[Array, Array]]:
+    return depthwise(x, weight, stride, pads), (x, weight)
+
+
+def _depthwise_backward(
+    stride: int, pads: Pads, residuals: tuple[Array, Array], dy: Array
+) -> tuple[Array, Array]:
+    x, weight = residuals
+    windows = _shifted(x, weight, stride, pads)
+    dweight = [[(window * dy).sum((0, 1, 2)) for window in row] for row in windows]
+    dx = _depthwise_transposed(dy, weight, stride, pads, x.shape[1:3])
+    return dx, jnp.asarray(dweight)[:, :, None]
+
+
+depthwise.defvjp(_depthwise_forward, _depthwise_backward)
+
+
+def _depthwise_transposed(
+    dy: Array, weight: Array, stride: int, pads: Pads, size: tuple[int, ...]
+) -> Array:
+    """What `depthwise` does to images of this size, transposed: a convolution for each phase.
+
+    Pixel `stride * m + a` of the padded images met weights a, a + stride, ... on its way to
+    outputs m, m - 1, ...
+    """
+    batch, *outputs, channels = dy.shape
+    counts = [-(-(n + sum(pad)) // stride) for n, pad in zip(size, pads, strict=True)]
+
+    def phase(a: int, b: int) -> Array:
+        taps = weight[a::stride, b::stride][::-1, ::-1]
+        if not taps.size:
+            return jnp.zeros((batch, *counts, channels), dy.dtype)
+        top, left = ((k - 1, n - m) for k, n, m in zip(taps.shape, counts, outputs, strict=False))
+        return depthwise(dy, taps, 1, (top, left))
+
+    rows = [jnp.stack([phase(a, b) for b in range(stride)], 3) for a in range(stride)]
+    dx = jnp.stack(rows, 2).reshape(batch, *(stride * n for n in counts), channels)
+    (top, _), (left, _) = pads
+    return dx[:, top : top + size[0], left : left + size[1]]
 
 
 def _shifted(x: Array, weight: Array, stride: int, pads: Pads) -> list[list[Array]]:

@@ -71,9 +71,7 @@ def _round_channels(channels: float) -> int:
 class EfficientNetLite(nnx.Module):
     """Stem and head keep their width; the first and last stage keep their depth."""
 
-    def __init__(
-        self, *, width: float, depth: float, classes: int = 1000, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, *, width: float, depth: float, classes: int = 1000, rngs: nnx.Rngs) -> None:
         self._conv_stem = Conv2d(3, 32, 3, stride=2, padding="SAME", rngs=rngs)
         self._bn0 = _norm(32)
         blocks = []

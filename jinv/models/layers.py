@@ -65,9 +65,11 @@ class BatchNorm2d(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """(..., features) -> (..., features)."""
-        scale = self.weight[...] * jax.lax.rsqrt(self.running_var[...] + self.eps)
-        shift = self.bias[...] - self.running_mean[...] * scale
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        scale = self.weight[...] * jax.lax.rsqrt(
+            self.running_var[...].astype(wide.dtype) + self.eps
+        )
+        shift = self.bias[...] - self.running_mean[...] * scale
         return (wide * scale + shift).astype(x.dtype)
 
 
