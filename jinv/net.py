@@ -38,13 +38,11 @@ class Outputs(NamedTuple):
       logits: (B, classes), float32 or wider.
       features: (B, D) input of the last linear layer called, None if there is none.
       moments: of the *input* of every BatchNorm layer, in forward order, over batch and space.
-      image_moments: the same of each image alone, over space: (B, C). Costs nothing if unused.
     """
 
     logits: Array
     features: Array | None
     moments: tuple[Moments, ...]
-    image_moments: tuple[Moments, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity: `jax.jit(net)` works
@@ -152,14 +150,12 @@ class _Record:
         self._trace = get_opaque_trace_state()
         self.statistics: list[tuple[Path, Path]] = []
         self.moments: list[Moments] = []
-        self.image_moments: list[Moments] = []
         self.features: Array | None = None
 
     def batch_norm(self, mean: Path, var: Path, inputs: Array) -> None:
         self._readable()
         self.statistics.append((mean, var))
         self.moments.append(batch_moments(inputs))
-        self.image_moments.append(jax.vmap(batch_moments)(inputs))
 
     def linear(self, inputs: Array) -> None:
         self._readable()
@@ -241,7 +237,7 @@ def _build(
         record = _Record()
         logits = forward(variables, images, record)
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-        return Outputs(logits, record.features, tuple(record.moments), tuple(record.image_moments))
+        return Outputs(logits, record.features, tuple(record.moments))
 
     statistics: list[tuple[Path, Path]] = []
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal
 
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jinv import priors
-from jinv.net import Moments, Net, Outputs
+from jinv.net import Net, Outputs
 
 LabelLoss = Literal["cross_entropy", "target_logit"]
 
@@ -22,16 +22,13 @@ class Weights:
 
     Attributes:
       label: weight of the label loss.
-      batch_norm: weight of the BatchNorm prior on the batch's moments.
-      image_batch_norm: weight of its mean over images alone. The batch's moments leave it open
-        which image carries which share of them; this makes each image carry its own.
+      batch_norm: weight of the BatchNorm prior.
       first_bn_multiplier: further weight of the first BatchNorm layer.
       bn_weighting: see `priors.batch_norm`.
     """
 
     label: float = 1.0
     batch_norm: float = 0.01
-    image_batch_norm: float = 0.0
     first_bn_multiplier: float = 10.0
     bn_weighting: priors.LayerWeighting = "published"
 
@@ -80,19 +77,12 @@ def network_terms(
     weights, terms = member.weights, {}
     if weights.label:
         terms["label"] = (weights.label, label_loss(outputs.logits, targets, kind, temperature))
-    running = member.net.running_moments(variables)
-
-    def batch_norm(moments: Sequence[Moments]) -> Array:
-        return priors.batch_norm(
-            moments,
-            running,
+    if weights.batch_norm and outputs.moments:
+        value = priors.batch_norm(
+            outputs.moments,
+            member.net.running_moments(variables),
             first_multiplier=weights.first_bn_multiplier,
             weighting=weights.bn_weighting,
         )
-
-    if weights.batch_norm and running:
-        terms["batch_norm"] = (weights.batch_norm, batch_norm(outputs.moments))
-    if weights.image_batch_norm and running:
-        value = jax.vmap(batch_norm)(outputs.image_moments).mean()
-        terms["image_batch_norm"] = (weights.image_batch_norm, value)
+        terms["batch_norm"] = (weights.batch_norm, value)
     return terms

@@ -24,7 +24,7 @@ def colour_judge(space: Preprocessing = SPACE) -> Net:
 
     def apply(variables: Any, images: Any) -> Outputs:
         assert images.shape[1:3] == (space.size, space.size)
-        return Outputs(variables["gain"] * images.mean((1, 2)), None, (), ())
+        return Outputs(variables["gain"] * images.mean((1, 2)), None, ())
 
     variables = {"gain": jnp.asarray(3.0)}
     return Net("colours", apply, variables, space, space.channels, ())
@@ -66,7 +66,7 @@ def test_judge_resamples_bicubically_and_clips() -> None:
     seen = []
 
     def apply(variables: Any, images: Any) -> Outputs:
-        return Outputs(images.reshape(1, -1), None, (), ())
+        return Outputs(images.reshape(1, -1), None, ())
 
     net = Net("copy", apply, {}, SPACE, 6 * 6 * 3, ())
     found = metrics.make_judge(net)(pixels)

@@ -130,26 +130,6 @@ def test_network_terms_are_the_label_loss_and_the_batch_norm_prior() -> None:
     assert float(terms["batch_norm"][1]) > 1.5 * float(other["batch_norm"][1])
 
 
-def test_image_batch_norm_is_the_mean_of_the_prior_of_each_image() -> None:
-    """As if every image were a batch of its own; with the multiplier and the weighting."""
-    weights = Weights(
-        image_batch_norm=0.2, batch_norm=0, first_bn_multiplier=4, bn_weighting="standardised"
-    )
-    terms, _, net = terms_of(weights)
-    assert list(terms) == ["label", "image_batch_norm"]
-    assert terms["image_batch_norm"][0] == 0.2
-    images, total = tiny.noise((4, 10, 14, 3), seed=5), 0.0
-    for i in range(4):
-        moments = net(images[i : i + 1]).moments
-        total += float(
-            priors.batch_norm(
-                moments, net.running_moments(), first_multiplier=4, weighting="standardised"
-            )
-        )
-    np.testing.assert_allclose(terms["image_batch_norm"][1], total / 4, rtol=1e-5)
-    assert "image_batch_norm" not in terms_of(Weights())[0]
-
-
 def test_running_statistics_come_from_the_variables_given() -> None:
     """Not from the net's own: they may have been trained on or put on devices."""
     net = tiny.network()
@@ -168,7 +148,7 @@ def test_terms_of_weight_zero_are_left_out() -> None:
 
 def test_network_without_batch_norm_adds_its_label_loss_only() -> None:
     def apply(variables: dict, images: jax.Array) -> Outputs:
-        return Outputs(images.mean((1, 2)) @ variables["w"], None, (), ())
+        return Outputs(images.mean((1, 2)) @ variables["w"], None, ())
 
     net = Net("plain", apply, {"w": jnp.ones((3, 7))}, Preprocessing(size=8), 7, ())
-    assert list(terms_of(Weights(image_batch_norm=1), net)[0]) == ["label"]
+    assert list(terms_of(Weights(batch_norm=1), net)[0]) == ["label"]
