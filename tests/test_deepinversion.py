@@ -465,7 +465,7 @@ def test_images_follow_torch_for_two_phases() -> None:
 # --- augmentation --------------------------------------------------------------------------------
 
 
-def test_augment_pools_then_rolls_then_flips() -> None:
+def test_augment_pools_then_rolls_and_flips() -> None:
     images = tiny.noise((2, 12, 10, 3))
     pooled = np.asarray(images, np.float64).reshape(2, 6, 2, 5, 2, 3).mean((2, 4))
     for seed in range(6):
@@ -652,6 +652,13 @@ def test_cosine_schedule_warms_up_and_falls_to_nothing() -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+def test_cosine_schedule_ends_at_its_floor() -> None:
+    """From lr to a quarter of it: half-way between the two in the middle."""
+    found = updates(Config(lr=0.4, warmup=0, lr_floor=0.25), Phase(8), [1.0] * 8)
+    expected = [0.4 * (0.25 + 0.75 * (1 + np.cos(np.pi * t / 8)) / 2) for t in range(8)]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_constant_schedule_warms_up_and_stays() -> None:
     found = updates(Config(lr=0.4, warmup=2, schedule="constant"), Phase(5), [1.0] * 5)
     np.testing.assert_allclose(found, [0.2, 0.4, 0.4, 0.4, 0.4], rtol=1e-6)
@@ -825,6 +832,7 @@ def test_presets_build(name: str) -> None:
         ({"phases": (Phase(1, jitter=-1),)}, r"jitter at least 0.*jitter=-1"),
         ({"temperature": 0.0}, "temperatures must be positive"),
         ({"adaptive_temperature": -1.0}, "temperatures must be positive"),
+        ({"lr_floor": 1.5}, "lr_floor is a share"),
         ({"flip": 1.5}, "flip is a probability, not 1.5"),
         ({"flip": -0.1}, "flip is a probability, not -0.1"),
         ({"optimizer": "adamm"}, "optax has no optimiser 'adamm'"),
