@@ -67,6 +67,9 @@ try:
 except ImportError:
     sys.exit("the benchmark compares with PyTorch, which is not installed: pip install torch")
 
+QUIET = 0.1
+"""Cores that other processes may use in a round that counts."""
+
 LR, BETAS, JITTER = 0.25, (0.5, 0.9), 30
 BATCH_NORM, FIRST_BATCH_NORM, TV_L2, L2 = 0.01, 10.0, 1e-4, 1e-5
 
@@ -467,7 +470,7 @@ def take_turns(
 
 
 def _quiet(r: Round) -> bool:
-    return r.others < 0.1
+    return r.others < QUIET
 
 
 def inversion_rows(case: Case, peers: tuple[str, ...], repeats: int, steps: int) -> Iterator[dict]:
@@ -581,6 +584,11 @@ def inversion(args: argparse.Namespace) -> None:
                 flush=True,
             )
         write(args.out, rows)
+    if any(row["others"] > QUIET for row in rows):
+        print(
+            "Other processes used the machine: PyTorch loses far more time to them than JAX, so "
+            "those ratios say little. Measure again when it is idle."
+        )
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
