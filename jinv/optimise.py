@@ -237,7 +237,9 @@ def run(
     Args:
       phases: at least one.
       key: of the run.
-      images: initial images of the first phase (ignored when resuming).
+      images: initial images of the first phase (ignored when resuming). Steps take over the
+        buffers of their state: neither these, nor the resumed state, nor a chunk's state can be
+        read once the next step has begun.
       data: passed to every step.
       callback: called after every chunk, and so at least once a phase.
       chunk: steps between callbacks.

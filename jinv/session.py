@@ -161,6 +161,7 @@ class Session:
         self.state: optimise.State | None = None
         self._checkpoints = self.folder / "checkpoints"
         self._saved: int | None = None
+        self._ended = False
         self._began = time.perf_counter()
         if resume and overwrite:
             raise SessionError("--resume and --overwrite exclude each other")
@@ -256,6 +257,8 @@ class Session:
                 count = len(chunk.metrics["loss"])
                 done = chunk.start + count
                 self.state = chunk.state
+                last = chunk.phase == len(phases) - 1
+                self._ended = last and (chunk.stopped or done == total)
                 for i in range(count):
                     row = {name: float(values[i]) for name, values in chunk.metrics.items()}
                     self.metrics.add(step=chunk.start + i, phase=chunk.phase, **row)
@@ -286,7 +289,7 @@ class Session:
                 )
             finally:
                 self.metrics.save()
-            if stopping() and int(state.step) < total:
+            if stopping() and not self._ended:
                 raise Interrupted(
                     f"{self.folder}: stopped at step {int(state.step)} of {total}; "
                     "go on with --resume",
@@ -311,7 +314,7 @@ class Session:
 
     def _save(self, manager: ocp.CheckpointManager, chunk: optimise.Chunk) -> None:
         step = chunk.start + len(chunk.metrics["loss"])
-        if step == self._saved or chunk.stopped:
+        if step == self._saved:
             return
         # The logs first: rows beyond the checkpoint are dropped on resuming, missing ones are not
         # made again.
