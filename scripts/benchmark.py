@@ -573,13 +573,13 @@ def inversion(args: argparse.Namespace) -> None:
     cases = [c for c in known if not args.cases or any(word in str(c) for word in args.cases)]
     if not cases:
         sys.exit(f"no case matches; there are: {', '.join(map(str, known))}")
-    print(f"{'case':32}{'peer':19}{'ours [s]':>9}{'peer [s]':>9}{'ratio':>7}{'n':>4}{'others':>8}")
+    print(f"{'case':34}{'peer':19}{'ours [s]':>9}{'peer [s]':>9}{'ratio':>7}{'n':>4}{'others':>8}")
     rows: list[dict] = []
     for case in cases:
         for row in inversion_rows(case, peers, args.repeats, args.steps):
             rows.append(row)
             print(
-                f"{row['case']:32}{row['peer']:19}{row['ours_s']:9.4f}{row['peer_s']:9.4f}"
+                f"{row['case']:34}{row['peer']:19}{row['ours_s']:9.4f}{row['peer_s']:9.4f}"
                 f"{row['ratio']:7.2f}{row['n']:4}{row['others']:8.2f}",
                 flush=True,
             )
