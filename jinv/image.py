@@ -135,10 +135,12 @@ def to_bytes(pixels: Array | np.ndarray) -> np.ndarray:
 
 
 def grid(pixels: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:
-    """Tile pixels or bytes (B, H, W, C) into one white-framed sheet (H', W', C) of about 3:2."""
+    """Tile pixels or bytes (B, H, W, C) into one white-framed, rather wide sheet (H', W', C)."""
     count, height, width, channels = pixels.shape
     if columns is None:
-        columns = min(count, int(np.ceil(np.sqrt(count * 1.5))))
+        ideal = np.sqrt(count * 1.5)
+        near = range(int(np.ceil(np.sqrt(count))), int(np.ceil(np.sqrt(2.5 * count))) + 1)
+        columns = min(near, key=lambda n: (-count % n, abs(n - ideal)))  # few empty places
     rows = -(-count // columns)
     white = 255 if pixels.dtype == np.uint8 else 1
     shape = (rows * (height + gap) + gap, columns * (width + gap) + gap, channels)

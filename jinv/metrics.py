@@ -49,4 +49,6 @@ def make_judge(net: Net) -> Callable[[Array | np.ndarray], Prediction]:
 
 def top1(prediction: Prediction, targets: Sequence[int]) -> float:
     """Share of images that are given their target class."""
+    if len(targets) != len(prediction.index):
+        raise ValueError(f"{len(targets)} targets for {len(prediction.index)} images")
     return float(np.mean(prediction.index == np.asarray(targets)))

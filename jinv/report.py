@@ -1,4 +1,4 @@
-"""What a run shows a person: pictures with other networks' verdicts, curves, tables, one HTML page.
+"""The page a person looks at: pictures with other networks' verdicts, figures, tables.
 
 Everything here takes NumPy arrays and plain Python values, and gives bytes, text or a file that is
 either complete or absent. The page is one file: no script, no font and no address outside it.
@@ -10,19 +10,15 @@ import base64
 import collections
 import dataclasses
 import html
-import importlib.metadata
 import io
-import math
 import os
-import platform
 import urllib.parse
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
+from jinv.curves import CURVE, DARK, FONTS, INK, MUTED, RULE
 from jinv.files import write_atomic
 
 # Bodies of sections and what they hold ------------------------------------------------------------
@@ -130,134 +126,18 @@ def write_png(path: str | os.PathLike[str], pixels: np.ndarray) -> None:
     write_atomic(path, png(pixels))
 
 
-# Curves -------------------------------------------------------------------------------------------
-
-# Each colour with its stand-in on a dark page.
-_INK, _MUTED, _RULE, _CURVE = "#23262b", "#686e78", "#d9dbdf", "#2b6a99"
-_DARK = {_INK: "#e4e5e8", _MUTED: "#9aa0aa", _RULE: "#3b3f46", _CURVE: "#82b7e0"}
-_FONTS = "-apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Noto Sans', Arial, sans-serif"
-
-
-def plot_curves(
-    metrics: Mapping[str, Sequence[float]],
-    steps: Sequence[int],
-    *,
-    title: str = "",
-    boundaries: Sequence[int] = (),
-) -> bytes:
-    """Draw one panel per metric over `steps`, as SVG that follows the reader's light or dark mode.
-
-    A panel is logarithmic where every finite value is positive and they span a factor of 50 or
-    more. Values that are not finite leave gaps and are counted in the panel's corner. Dashed
-    lines stand at `boundaries`, the first steps of new phases. Needs matplotlib.
-    """
-    try:
-        import matplotlib
-        import matplotlib.figure
-    except ImportError as error:
-        raise ImportError("curves need matplotlib: pip install 'jinv[scripts]'") from error
-    for name, values in metrics.items():
-        if len(values) != len(steps):
-            raise ValueError(f"{name!r} has {len(values)} values for {len(steps)} steps")
-    count = len(metrics)
-    columns = max(1, min(count, 2 if count == 4 else 3))
-    rows = max(1, math.ceil(count / columns))
-    width, height = (11.0, 2.0) if columns == 3 else (5.5 * columns, 2.5)
-    style: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "jinv",
-        "font.family": "DejaVu Sans",
-        "font.size": 8.5,
-    }
-    with matplotlib.rc_context(style):
-        figure = matplotlib.figure.Figure((width, rows * height + 0.35 * bool(title)))
-        figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.08, wspace=0.08)
-        if title:
-            figure.suptitle(title, color=_INK, parse_math=False, fontsize=11)
-        axes = figure.subplots(rows, columns, squeeze=False).ravel()
-        for axis in axes[count:]:
-            axis.set_axis_off()
-        if count:
-            figure.supxlabel("step", color=_MUTED, fontsize=8.5)
-        else:
-            axes[0].text(0.5, 0.5, "no curves recorded", color=_MUTED, ha="center")
-        for axis, (name, values) in zip(axes, metrics.items(), strict=False):
-            _panel(axis, name, np.asarray(steps, float), np.asarray(values, float), boundaries)
-        buffer = io.BytesIO()
-        empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=empty)
-    return _adaptive(buffer.getvalue())
-
-
-def _panel(
-    axis: Any, name: str, steps: np.ndarray, values: np.ndarray, boundaries: Sequence[int]
-) -> None:
-    """Draw one curve with its name, its last value and the phases."""
-    finite = np.isfinite(values)
-    known = values[finite]
-    axis.set_title(name, loc="left", color=_INK, parse_math=False, fontsize=9.5, weight="bold")
-    axis.spines[["top", "right", "left"]].set_visible(False)
-    axis.spines["bottom"].set_color(_RULE)
-    axis.tick_params(colors=_MUTED, color=_RULE, length=3)
-    axis.tick_params(axis="y", which="both", length=0)
-    axis.grid(axis="y", color=_RULE, linewidth=0.6)
-    for boundary in boundaries:
-        axis.axvline(boundary, color=_MUTED, linewidth=0.8, dashes=(3, 3))
-    axis.locator_params(axis="x", nbins=5, integer=True)
-    axis.locator_params(axis="y", nbins=5)
-    axis.ticklabel_format(useOffset=False)
-    if steps.size:
-        margin = 0.03 * float(np.ptp(steps)) or 1
-        axis.set_xlim(steps.min() - margin, steps.max() + margin)
-    else:
-        axis.set_xticks([])
-    notes = [f"{known[-1]:.4g}"] if known.size else ["no finite value"]
-    if known.size and not finite.all():
-        notes.append(f"{np.count_nonzero(~finite)} not finite")
-    axis.set_title(", ".join(notes), loc="right", color=_MUTED, fontsize=8.5)
-    if not known.size:
-        axis.set_yticks([])
-        return
-    around = np.pad(finite, 1)
-    alone = finite & ~around[:-2] & ~around[2:]  # a line would not show these
-    dots = finite if len(steps) <= 20 else alone
-    axis.plot(steps, np.where(finite, values, np.nan), color=_CURVE, linewidth=1.4)
-    axis.plot(steps[dots], values[dots], ".", color=_CURVE)
-    axis.plot(steps[finite][-1], known[-1], marker="o", markersize=3.5, color=_CURVE)
-    if known.min() > 0 and known.max() >= 50 * known.min():
-        from matplotlib.ticker import LogLocator, NullFormatter
-
-        axis.set_yscale("log")
-        decades = math.log10(known.max() / known.min())
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 3) if decades < 2.5 else (1,), numticks=6))
-        axis.yaxis.set_minor_formatter(NullFormatter())
-        axis.yaxis.set_major_formatter("{x:g}")
-
-
-def _adaptive(svg: bytes) -> bytes:
-    """Give matplotlib's SVG the reader's own font, and dark colours on a dark page."""
-    dark = "".join(
-        f'[style*="{what}: {light}"]{{{what}: {dark} !important}}'
-        for light, dark in _DARK.items()
-        for what in ("fill", "stroke")
-    )
-    text = svg[svg.index(b"<svg") :].decode().replace("'DejaVu Sans'", _FONTS)
-    media = f"@media (prefers-color-scheme: dark) {{{dark}}}"
-    return text.replace("</style>", f"{media}</style>", 1).encode()
-
-
 # The page -----------------------------------------------------------------------------------------
 
 _CSS = f"""
-:root {{ color-scheme: light dark; --page: #fcfcfb; --card: #f3f3f1; --ink: {_INK};
-  --muted: {_MUTED}; --rule: {_RULE}; --faint: #b4b8be; --link: {_CURVE};
+:root {{ color-scheme: light dark; --page: #fcfcfb; --card: #f3f3f1; --ink: {INK};
+  --muted: {MUTED}; --rule: {RULE}; --faint: #b4b8be; --link: {CURVE};
   --yes: #24734a; --no: #a8401f; }}
 @media (prefers-color-scheme: dark) {{ :root {{ --page: #16181c; --card: #1f2227;
-  --ink: {_DARK[_INK]}; --muted: {_DARK[_MUTED]}; --rule: {_DARK[_RULE]}; --faint: #5a606a;
-  --link: {_DARK[_CURVE]}; --yes: #7cc79a; --no: #ee9a78; }} }}
+  --ink: {DARK[INK]}; --muted: {DARK[MUTED]}; --rule: {DARK[RULE]}; --faint: #5a606a;
+  --link: {DARK[CURVE]}; --yes: #7cc79a; --no: #ee9a78; }} }}
 * {{ box-sizing: border-box; }}
 body {{ margin: 0 auto; max-width: 69rem; padding: 3.5rem 1.5rem 5rem; background: var(--page);
-  color: var(--ink); font: 1rem/1.55 {_FONTS}; overflow-wrap: break-word; }}
+  color: var(--ink); font: 1rem/1.55 {FONTS}; overflow-wrap: break-word; }}
 h1, h2 {{ font-family: Charter, 'Iowan Old Style', 'Source Serif 4', Georgia, serif;
   font-weight: 600; line-height: 1.2; text-wrap: balance; margin: 0; }}
 h1 {{ font-size: clamp(1.8rem, 1.4rem + 1.8vw, 2.5rem); letter-spacing: -.01em; }}
@@ -440,52 +320,3 @@ def _drawing(data: bytes, alt: str) -> str:
         raise ValueError("a figure is SVG or PNG bytes")
     kind = "png" if data.startswith(b"\x89PNG") else "svg+xml"
     return f'<img src="{_uri(kind, data)}" alt="{_text(alt)}">'
-
-
-# The machine --------------------------------------------------------------------------------------
-
-
-def hardware() -> dict[str, str]:
-    """Name what a run ran on: devices, processor, memory, system, versions of software."""
-    import jax
-
-    kinds = collections.Counter(device.device_kind for device in jax.devices())
-    return {
-        "devices": ", ".join(f"{count} x {kind}" for kind, count in kinds.items()),
-        "cpu": _cpu(),
-        "cores": str(_cores()),
-        "memory": _memory(),
-        "os": platform.platform(),
-        "python": platform.python_version(),
-        **{name: _version(name) for name in ("jax", "jaxlib", "flax", "jinv")},
-    }
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        lines = []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, "") or platform.processor() or platform.machine() or "unknown"
-
-
-def _cores() -> int:
-    """Cores this process may use, where the system says; else those there are."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _memory() -> str:
-    try:
-        return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
-    except (AttributeError, ValueError, OSError):
-        return "unknown"
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

@@ -46,7 +46,18 @@ import jax
 import numpy as np
 
 from jinv import config as configs
-from jinv import data, image, metrics, models, optimise, parallel, report, session
+from jinv import (
+    curves,
+    data,
+    hardware,
+    image,
+    metrics,
+    models,
+    optimise,
+    parallel,
+    report,
+    session,
+)
 from jinv.attacks import deepinversion
 from jinv.files import write_atomic
 from jinv.net import Net
@@ -266,7 +277,7 @@ def write_results(
     files = inversion.write_images(run.folder, pixels)
     predictions = inversion.predict(pixels)
     terms = [name for name in run.metrics.columns() if name not in ("step", "phase")]
-    hardware = report.hardware()
+    machine = hardware.describe()
     run.scores.add(step=len(run.metrics.rows), **inversion.score(state.best_images))
     run.scores.save()
     summary = {
@@ -283,14 +294,14 @@ def write_results(
         "top1": {name: metrics.top1(p, targets) for name, p in predictions.items()},
         "mean_probability": {name: float(p.probability.mean()) for name, p in predictions.items()},
         "files": files,
-        "versions": {name: hardware[name] for name in VERSIONS},
+        "versions": {name: machine[name] for name in VERSIONS},
     }
-    curves = report.plot_curves(
+    svg = curves.plot(
         {name: run.metrics.column(name) for name in terms},
         [int(step) for step in run.metrics.column("step")],
         boundaries=_boundaries(run.metrics),
     )
-    write_atomic(run.folder / "curves.svg", curves)
+    write_atomic(run.folder / "curves.svg", svg)
     pictures = [
         report.Picture(
             pixels[i],
@@ -335,11 +346,11 @@ def write_results(
                 "Networks that had no say in the optimisation are the test.",
             ),
             report.Section(
-                "Curves", report.Figure(curves, "Every term of the objective at every step")
+                "Curves", report.Figure(svg, "Every term of the objective at every step")
             ),
             report.Section(
                 "Hardware and time",
-                report.Table(("", "value"), tuple((hardware | timing).items())),
+                report.Table(("", "value"), tuple((machine | timing).items())),
             ),
             report.Section("Config", report.Text(configs.to_yaml(recipe))),
         ],

@@ -245,9 +245,10 @@ def test_grid_places_every_image_in_a_white_frame() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "rows", "columns"), [(1, 1, 1), (2, 1, 2), (6, 2, 3), (24, 4, 6), (64, 7, 10)]
+    ("count", "rows", "columns"),
+    [(1, 1, 1), (2, 1, 2), (6, 2, 3), (7, 2, 4), (16, 4, 4), (24, 4, 6), (64, 8, 8), (84, 7, 12)],
 )
-def test_grid_chooses_about_three_to_two(count: int, rows: int, columns: int) -> None:
+def test_grid_is_wide_and_has_few_empty_places(count: int, rows: int, columns: int) -> None:
     sheet = image.grid(np.zeros((count, 4, 4, 1), np.float32), gap=1)
     assert sheet.shape == (1 + 5 * rows, 1 + 5 * columns, 1)
 

@@ -107,3 +107,5 @@ def test_top1_is_the_share_of_hits() -> None:
     assert metrics.top1(prediction, [4, 7, 7, 1]) == 1
     assert metrics.top1(prediction, [4, 0, 7, 0]) == 0.5
     assert metrics.top1(prediction, [0, 0, 0, 0]) == 0
+    with pytest.raises(ValueError, match="1 targets for 4 images"):
+        metrics.top1(prediction, [4])

@@ -5,19 +5,16 @@ from __future__ import annotations
 import base64
 import html.parser
 import io
-import sys
-import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from jinv import report
+from jinv import curves, report
 from jinv.report import Figure, Picture, Pictures, Section, Table, Text, Verdict
 
 VOID = {"meta", "link", "img", "br", "hr"}
-NAN, INF = float("nan"), float("inf")
 EVIL = "<script>alert('x')</script> & \"quoted\""
 
 
@@ -84,11 +81,11 @@ def everything():
         Verdict("vgg11_bn", "goldfish", 1, 0.5, False),
         Verdict("mobilenet_v2", "hen", 8, 0.25),
     )
-    curves = report.plot_curves({"total": [3.0, 2.0, 1.0]}, [0, 10, 20])
+    svg = curves.plot({"total": [3.0, 2.0, 1.0]}, [0, 10, 20])
     return (
         Pictures([Picture(pixels(0), "tench", "images/0.png", verdicts)]),
         Pictures([Picture(pixels(1, (224, 224, 3)), "plain")]),
-        Figure(curves, "falling loss"),
+        Figure(svg, "falling loss"),
         Table(("network", "top-1"), [("resnet50", 0.75), ("vgg11", 1)]),
         Text("seed: 0\n"),
     )
@@ -168,7 +165,7 @@ def test_texts_of_strangers_stay_text(path):
         Pictures([picture]),
         Table((EVIL, EVIL), [(EVIL, EVIL)]),
         Text(EVIL),
-        Figure(report.plot_curves({EVIL: [1.0]}, [0], title=EVIL), EVIL),
+        Figure(curves.plot({EVIL: [1.0]}, [0], title=EVIL), EVIL),
     )
     report.write_html(path, EVIL, [Section(EVIL, body, EVIL) for body in bodies], lead=EVIL)
     text = path.read_text(encoding="utf-8")
@@ -275,83 +272,3 @@ def test_a_figure_is_svg_or_png(path):
     np.testing.assert_array_equal(read(embedded(page.all("img")[0])), pixels(0))
     with pytest.raises(ValueError, match="SVG or PNG"):
         write(path, Figure(b"GIF89a", "no"))
-
-
-CURVES = {
-    "constant": [2.0, 2.0, 2.0],
-    "zero": [0.0, 0.0, 0.0],
-    "negative": [-1.0, -100.0, -1e4],
-    "wide": [1e4, 1.0, 1e-4],
-    "nan": [1.0, NAN, 3.0],
-    "nothing": [NAN, INF, -INF],
-}
-
-
-def labels(svg):
-    root = ET.fromstring(svg)
-    assert root.tag.endswith("svg")
-    return ["".join(text.itertext()).strip() for text in root.iter() if text.tag.endswith("}text")]
-
-
-@pytest.mark.parametrize("names", [[name] for name in CURVES] + [list(CURVES), []])
-def test_curves_are_valid_svg_with_a_panel_each(names):
-    svg = report.plot_curves({name: CURVES[name] for name in names}, [0, 50, 100], boundaries=[50])
-    assert set(names) <= set(labels(svg))
-
-
-def test_curves_of_one_step_and_of_none():
-    assert "a" in labels(report.plot_curves({"a": [3.0]}, [7], boundaries=[7]))
-    assert "no finite value" in labels(report.plot_curves({"a": []}, []))
-
-
-def test_curves_say_their_last_value_and_what_is_missing():
-    shown = labels(report.plot_curves({k: CURVES[k] for k in ("wide", "nan")}, [0, 1, 2]))
-    assert "0.0001" in shown
-    assert "3, 1 not finite" in shown
-
-
-def test_wide_positive_curves_are_logarithmic():
-    assert {"0.01", "100"} <= set(labels(report.plot_curves({"w": CURVES["wide"]}, [0, 1, 2])))
-    assert "1000" not in labels(report.plot_curves({"n": [1.0, 2.0, 3.0]}, [0, 1, 2]))
-
-
-def test_curves_draw_a_line_at_every_boundary():
-    plain = report.plot_curves({"a": [1.0, 2.0]}, [0, 10])
-    split = report.plot_curves({"a": [1.0, 2.0]}, [0, 10], boundaries=[3, 6])
-    assert split.count(b"stroke-dasharray") - plain.count(b"stroke-dasharray") == 2
-
-
-def test_curves_follow_dark_mode_and_are_reproducible():
-    svg = report.plot_curves(CURVES, [0, 1, 2], title="$5 & <six>")
-    assert b"prefers-color-scheme: dark" in svg
-    assert "$5 & <six>" in labels(svg)
-    assert svg == report.plot_curves(CURVES, [0, 1, 2], title="$5 & <six>")
-
-
-def test_curves_show_values_that_stand_alone():
-    def dots(values):
-        return report.plot_curves({"a": values}, range(30)).count(b"<use ")
-
-    holes = [1.0 + i if i % 2 else NAN for i in range(30)]
-    assert dots(holes) - dots([1.0 + i for i in range(30)]) >= 14
-
-
-def test_curves_of_another_length_than_the_steps_are_an_error():
-    with pytest.raises(ValueError, match="'a' has 2 values for 3 steps"):
-        report.plot_curves({"a": [1.0, 2.0]}, [0, 1, 2])
-
-
-def test_a_missing_matplotlib_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install 'jinv\[scripts\]'"):
-        report.plot_curves({"a": [1.0]}, [0])
-
-
-def test_hardware_names_the_machine_and_the_software():
-    found = report.hardware()
-    assert list(found) == [
-        *("devices", "cpu", "cores", "memory", "os"),
-        *("python", "jax", "jaxlib", "flax", "jinv"),
-    ]
-    assert all(isinstance(value, str) and value for value in found.values())
-    assert int(found["cores"]) >= 1

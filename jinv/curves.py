@@ -1,0 +1,123 @@
+"""Curves of a run as SVG that follows the reader's light or dark mode. Needs matplotlib."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+# Each colour with its stand-in on a dark page.
+INK, MUTED, RULE, CURVE = "#23262b", "#686e78", "#d9dbdf", "#2b6a99"
+DARK = {INK: "#e4e5e8", MUTED: "#9aa0aa", RULE: "#3b3f46", CURVE: "#82b7e0"}
+FONTS = "-apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Noto Sans', Arial, sans-serif"
+
+
+def plot(
+    metrics: Mapping[str, Sequence[float]],
+    steps: Sequence[int],
+    *,
+    title: str = "",
+    boundaries: Sequence[int] = (),
+) -> bytes:
+    """Draw one panel per metric over `steps`, as SVG that follows the reader's light or dark mode.
+
+    A panel is logarithmic where every finite value is positive and they span a factor of 50 or
+    more. Values that are not finite leave gaps and are counted in the panel's corner. Dashed
+    lines stand at `boundaries`, the first steps of new phases. Needs matplotlib.
+    """
+    try:
+        import matplotlib
+        import matplotlib.figure
+    except ImportError as error:
+        raise ImportError("curves need matplotlib: pip install 'jinv[scripts]'") from error
+    for name, values in metrics.items():
+        if len(values) != len(steps):
+            raise ValueError(f"{name!r} has {len(values)} values for {len(steps)} steps")
+    count = len(metrics)
+    columns = max(1, min(count, 2 if count == 4 else 3))
+    rows = max(1, math.ceil(count / columns))
+    width, height = (11.0, 2.0) if columns == 3 else (5.5 * columns, 2.5)
+    style: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "jinv",
+        "font.family": "DejaVu Sans",
+        "font.size": 8.5,
+    }
+    with matplotlib.rc_context(style):
+        figure = matplotlib.figure.Figure((width, rows * height + 0.35 * bool(title)))
+        figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.08, wspace=0.08)
+        if title:
+            figure.suptitle(title, color=INK, parse_math=False, fontsize=11)
+        axes = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axis in axes[count:]:
+            axis.set_axis_off()
+        if count:
+            figure.supxlabel("step", color=MUTED, fontsize=8.5)
+        else:
+            axes[0].text(0.5, 0.5, "no curves recorded", color=MUTED, ha="center")
+        for axis, (name, values) in zip(axes, metrics.items(), strict=False):
+            _panel(axis, name, np.asarray(steps, float), np.asarray(values, float), boundaries)
+        buffer = io.BytesIO()
+        empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=empty)
+    return _adaptive(buffer.getvalue())
+
+
+def _panel(
+    axis: Any, name: str, steps: np.ndarray, values: np.ndarray, boundaries: Sequence[int]
+) -> None:
+    """Draw one curve with its name, its last value and the phases."""
+    finite = np.isfinite(values)
+    known = values[finite]
+    axis.set_title(name, loc="left", color=INK, parse_math=False, fontsize=9.5, weight="bold")
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.spines["bottom"].set_color(RULE)
+    axis.tick_params(colors=MUTED, color=RULE, length=3)
+    axis.tick_params(axis="y", which="both", length=0)
+    axis.grid(axis="y", color=RULE, linewidth=0.6)
+    for boundary in boundaries:
+        axis.axvline(boundary, color=MUTED, linewidth=0.8, dashes=(3, 3))
+    axis.locator_params(axis="x", nbins=5, integer=True)
+    axis.locator_params(axis="y", nbins=5)
+    axis.ticklabel_format(useOffset=False)
+    if steps.size:
+        margin = 0.03 * float(np.ptp(steps)) or 1
+        axis.set_xlim(steps.min() - margin, steps.max() + margin)
+    else:
+        axis.set_xticks([])
+    notes = [f"{known[-1]:.4g}"] if known.size else ["no finite value"]
+    if known.size and not finite.all():
+        notes.append(f"{np.count_nonzero(~finite)} not finite")
+    axis.set_title(", ".join(notes), loc="right", color=MUTED, fontsize=8.5)
+    if not known.size:
+        axis.set_yticks([])
+        return
+    around = np.pad(finite, 1)
+    alone = finite & ~around[:-2] & ~around[2:]  # a line would not show these
+    dots = finite if len(steps) <= 20 else alone
+    axis.plot(steps, np.where(finite, values, np.nan), color=CURVE, linewidth=1.4)
+    axis.plot(steps[dots], values[dots], ".", color=CURVE)
+    axis.plot(steps[finite][-1], known[-1], marker="o", markersize=3.5, color=CURVE)
+    if known.min() > 0 and known.max() >= 50 * known.min():
+        from matplotlib.ticker import LogLocator, NullFormatter
+
+        axis.set_yscale("log")
+        decades = math.log10(known.max() / known.min())
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 3) if decades < 2.5 else (1,), numticks=6))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.yaxis.set_major_formatter("{x:g}")
+
+
+def _adaptive(svg: bytes) -> bytes:
+    """Give matplotlib's SVG the reader's own font, and dark colours on a dark page."""
+    dark = "".join(
+        f'[style*="{what}: {light}"]{{{what}: {dark} !important}}'
+        for light, dark in DARK.items()
+        for what in ("fill", "stroke")
+    )
+    text = svg[svg.index(b"<svg") :].decode().replace("'DejaVu Sans'", FONTS)
+    media = f"@media (prefers-color-scheme: dark) {{{dark}}}"
+    return text.replace("</style>", f"{media}</style>", 1).encode()

@@ -1,0 +1,55 @@
+"""What a run ran on."""
+
+from __future__ import annotations
+
+import collections
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+import jax
+
+
+def describe() -> dict[str, str]:
+    """Name what a run ran on: devices, processor, memory, system, versions of software."""
+    kinds = collections.Counter(device.device_kind for device in jax.devices())
+    return {
+        "devices": ", ".join(f"{count} x {kind}" for kind, count in kinds.items()),
+        "cpu": _cpu(),
+        "cores": str(_cores()),
+        "memory": _memory(),
+        "os": platform.platform(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("jax", "jaxlib", "flax", "jinv")},
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, "") or platform.processor() or platform.machine() or "unknown"
+
+
+def _cores() -> int:
+    """Cores this process may use, where the system says; else those there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _memory() -> str:
+    try:
+        return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
+    except (AttributeError, ValueError, OSError):
+        return "unknown"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
