@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -20,10 +21,25 @@ PIXELS_GRAY = Preprocessing(size=1, mean=(0.0,), std=(1.0,))
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """A network's first choice: class index (B,) and its softmax probability (B,)."""
+    """What a network says of a batch of images.
 
-    index: np.ndarray
-    probability: np.ndarray
+    Attributes:
+      probabilities: (B, classes), softmax of the logits.
+      features: (B, D) input of its last linear layer, None if it has none.
+    """
+
+    probabilities: np.ndarray
+    features: np.ndarray | None = None
+
+    @property
+    def index(self) -> np.ndarray:
+        """Class of the highest probability (B,)."""
+        return self.probabilities.argmax(-1)
+
+    @property
+    def probability(self) -> np.ndarray:
+        """Highest probability (B,)."""
+        return self.probabilities.max(-1)
 
 
 def make_judge(net: Net) -> Callable[[Array | np.ndarray], Prediction]:
@@ -33,22 +49,57 @@ def make_judge(net: Net) -> Callable[[Array | np.ndarray], Prediction]:
     """
 
     @jax.jit
-    def predict(variables: dict, pixels: Array) -> tuple[Array, Array]:
+    def predict(variables: dict, pixels: Array) -> tuple[Array, Array | None]:
         resized = image.resize(jnp.clip(pixels, 0, 1), net.preprocessing.size, "bicubic")
         space = PIXELS_GRAY if pixels.shape[-1] == 1 else PIXELS_RGB
         images = image.convert(jnp.clip(resized, 0, 1), space, net.preprocessing)
-        probabilities = jax.nn.softmax(net.apply(variables, images).logits)
-        return probabilities.argmax(-1), probabilities.max(-1)
+        outputs = net.apply(variables, images)
+        return jax.nn.softmax(outputs.logits), outputs.features
 
     def judge(pixels: Array | np.ndarray) -> Prediction:
-        index, probability = predict(net.variables, pixels)
-        return Prediction(np.asarray(index), np.asarray(probability))
+        return Prediction(*jax.device_get(predict(net.variables, pixels)))
 
     return judge
 
 
 def top1(prediction: Prediction, targets: Sequence[int]) -> float:
     """Share of images that are given their target class."""
+    return float(np.mean(prediction.index == _matching(prediction, targets)))
+
+
+def confidence(prediction: Prediction, targets: Sequence[int]) -> float:
+    """Mean probability of the target class."""
+    columns = _matching(prediction, targets)
+    return float(prediction.probabilities[np.arange(len(columns)), columns].mean())
+
+
+def _matching(prediction: Prediction, targets: Sequence[int]) -> np.ndarray:
     if len(targets) != len(prediction.index):
         raise ValueError(f"{len(targets)} targets for {len(prediction.index)} images")
-    return float(np.mean(prediction.index == np.asarray(targets)))
+    return np.asarray(targets)
+
+
+def agreement(predictions: Sequence[Prediction]) -> float | None:
+    """Share of (image, pair of networks) where both give the same class; None without a pair."""
+    chosen = [prediction.index for prediction in predictions]
+    pairs = list(itertools.combinations(chosen, 2))
+    return float(np.mean([a == b for a, b in pairs])) if pairs else None
+
+
+def pixel_distances(pixels: np.ndarray) -> np.ndarray:
+    """d_ij = sqrt(mean (x_i - x_j)^2) of images (B, H, W, C) in [0, 1] -> (B, B)."""
+    flat = pixels.reshape(len(pixels), -1).astype(np.float64)
+    return np.stack([np.sqrt(np.square(flat - row).mean(1)) for row in flat])
+
+
+def feature_distances(features: np.ndarray) -> np.ndarray:
+    """d_ij = 1 - cos(f_i, f_j) of features (B, D) -> (B, B)."""
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    return 1 - unit @ unit.T
+
+
+def diversity(distances: np.ndarray, groups: Sequence[int]) -> float | None:
+    """Mean distance (B, B) over the pairs of one group; None if no two images share a group."""
+    same = np.equal.outer(groups, groups)
+    chosen = np.triu(same, 1)
+    return float(distances[chosen].mean()) if chosen.any() else None

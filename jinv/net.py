@@ -171,6 +171,8 @@ class _Record:
 
 def batch_moments(x: Array) -> Moments:
     """Mean and biased variance over all axes but the last, in float32 at least."""
+    if not x.size:
+        raise ValueError(f"a BatchNorm layer sees nothing of images this small: {x.shape}")
     return Moments(*_two_pass_moments(x.astype(jnp.promote_types(x.dtype, jnp.float32))))
 
 

@@ -65,6 +65,14 @@ def label_loss(
     raise ValueError(f"no label loss is called {kind!r}")
 
 
+def term_weights(member: Member) -> dict[str, float]:
+    """Weights of the terms that one network adds; a term of weight 0 is none."""
+    weights = {"label": member.weights.label}
+    if member.net.statistics:
+        weights["batch_norm"] = member.weights.batch_norm
+    return {name: weight for name, weight in weights.items() if weight}
+
+
 def network_terms(
     member: Member,
     outputs: Outputs,
@@ -72,17 +80,16 @@ def network_terms(
     targets: Array,
     kind: LabelLoss,
     temperature: float,
-) -> dict[str, tuple[float, Array]]:
-    """The terms one network adds, those of weight 0 left out: name -> (weight, raw value)."""
-    weights, terms = member.weights, {}
-    if weights.label:
-        terms["label"] = (weights.label, label_loss(outputs.logits, targets, kind, temperature))
-    if weights.batch_norm and outputs.moments:
-        value = priors.batch_norm(
+) -> dict[str, Array]:
+    """Raw values of the terms that one network adds."""
+    terms, wanted = {}, term_weights(member)
+    if "label" in wanted:
+        terms["label"] = label_loss(outputs.logits, targets, kind, temperature)
+    if "batch_norm" in wanted:
+        terms["batch_norm"] = priors.batch_norm(
             outputs.moments,
             member.net.running_moments(variables),
-            first_multiplier=weights.first_bn_multiplier,
-            weighting=weights.bn_weighting,
+            first_multiplier=member.weights.first_bn_multiplier,
+            weighting=member.weights.bn_weighting,
         )
-        terms["batch_norm"] = (weights.batch_norm, value)
     return terms

@@ -282,7 +282,7 @@ def run(
 
 def enter(phase: Phase, images: Array, step: int) -> State:
     """State at the start of a phase, spread over the devices that `images` are spread over."""
-    return jax.device_put(phase.enter(images, step), _shardings(phase, images))
+    return jax.jit(phase.enter, out_shardings=_shardings(phase, images))(images, step)
 
 
 def abstract_state(phase: Phase, images: Array) -> State:

@@ -1,45 +1,152 @@
-"""Devices: one mesh axis over the batch; everything else on every device.
+"""Devices and hosts: where arrays lie, and what all processes must agree on.
 
-Under `jit` with these shardings a mean over the batch is the mean over the *global* batch, so
-BatchNorm moments and losses are those of one device.
+Programs are jit-compiled over a mesh of all devices of all processes. Under `jit` a mean over a
+batch that is sharded over the mesh is the mean over the *global* batch, so BatchNorm moments and
+losses are those of one device.
+
+Several processes (hosts) run the same program on the same arguments; only the main one writes.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax import Array
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 BATCH = "batch"
 
+# How many processes each launcher says that it has started; JAX finds the rest out by itself.
+_LAUNCHERS = {
+    "SLURM": ("SLURM_JOB_ID", "SLURM_NTASKS"),
+    "Open MPI": ("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE"),
+}
+_MESSAGE_BYTES = 2000
 
-def batch_mesh(batch: int, devices: int | None = None) -> Mesh:
-    """A mesh of the first `devices` local devices (all by default) that share a batch evenly."""
-    available = jax.local_devices()
-    count = len(available) if devices is None else devices
+
+def launcher(environment: Mapping[str, str] = os.environ) -> str | None:
+    """What started this process as one of several: SLURM, Open MPI, Kubernetes, or nothing."""
+    for name, (marker, count) in _LAUNCHERS.items():
+        if marker in environment and int(environment.get(count, 1)) > 1:
+            return name
+    # JAX finds out about the pods of a Kubernetes job; a pod that is no job runs alone.
+    if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
+        return "Kubernetes"
+    return None
+
+
+def start(
+    coordinator: str | None = None, processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Join the other processes of the run, if there are any; call it before JAX computes.
+
+    Args:
+      coordinator: "HOST:PORT" of process 0. Without it the environment is asked: SLURM (`srun`),
+        Open MPI (`mpirun`), Kubernetes (an indexed job; needs `pip install 'jax[k8s]'`).
+      processes: how many there are.
+      process_id: which one this is, from 0.
+
+    Raises:
+      ValueError: some of the three are given, but not all; or the others did not come.
+    """
+    given = (coordinator, processes, process_id)
+    if all(value is None for value in given):
+        if launcher() is None:
+            return
+    elif any(value is None for value in given):
+        raise ValueError("coordinator, processes and process_id go together: give all or none")
+    elif not 0 <= process_id < processes:  # type: ignore[operator]
+        raise ValueError(f"process_id must be 0 to {processes - 1}, not {process_id}")  # type: ignore[operator]
+    try:
+        jax.distributed.initialize(coordinator, processes, process_id)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"cannot join the other processes: {error}") from None
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and prints."""
+    return jax.process_index() == 0
+
+
+def any_process(flag: bool) -> bool:
+    """Whether any process says so; all must ask at the same point of the program."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def first_failure(message: str | None) -> str | None:
+    """The first process's complaint, if any has one; all must ask at the same point."""
+    if jax.process_count() == 1:
+        return message
+    text = np.zeros(_MESSAGE_BYTES, np.uint8)
+    own = np.frombuffer((message or "").encode()[:_MESSAGE_BYTES], np.uint8)
+    text[: len(own)] = own
+    for i, other in enumerate(multihost_utils.process_allgather(text)):
+        said = bytes(other).rstrip(b"\0").decode(errors="replace")
+        if said:
+            return message if i == jax.process_index() else f"process {i}: {said}"
+    return None
+
+
+def on_main(function: Callable[[], None], error: type[Exception]) -> None:
+    """Call it in the main process; what it raises of kind `error` is raised in every process."""
+    message = None
+    if is_main():
+        try:
+            function()
+        except error as caught:
+            message = str(caught)
+    message = first_failure(message)
+    if message is not None:
+        raise error(message.removeprefix("process 0: "))
+
+
+def devices(count: int | None = None) -> list[jax.Device]:
+    """The devices of all processes, or the first `count`."""
+    available = jax.devices()
+    if count is None:
+        return available
+    if jax.process_count() > 1 and count != len(available):
+        raise ValueError(f"several processes use all their {len(available)} devices, not {count}")
     if not 1 <= count <= len(available):
         raise ValueError(f"{count} devices asked for; there are {len(available)} here")
-    if batch % count:
-        fitting = max(n for n in range(1, count + 1) if batch % n == 0)
-        raise ValueError(
-            f"a batch of {batch} images cannot be shared evenly by {count} devices: use a "
-            f"multiple of {count} images, or {fitting} device{'s' if fitting > 1 else ''}"
-        )
-    return jax.make_mesh((count,), (BATCH,), axis_types=(AxisType.Auto,), devices=available[:count])
+    return available[:count]
 
 
-def shard(mesh: Mesh, batch: Array) -> Array:
-    """Spread axis 0 over the mesh."""
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(BATCH)))
+def mesh(axis: str, devices: Sequence[jax.Device]) -> Mesh:
+    """One axis over these devices."""
+    return jax.make_mesh(
+        (len(devices),), (axis,), axis_types=(AxisType.Auto,), devices=list(devices)
+    )
 
 
-def replicate(mesh: Mesh, tree: Any) -> Any:
-    """A copy of every array on every device of the mesh."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+def put(mesh: Mesh, spec: PartitionSpec, tree: Any) -> Any:
+    """Arrays that every process holds whole, laid over the devices of a mesh."""
+    sharding = NamedSharding(mesh, spec)
+
+    def place(array: Any) -> Array:
+        if sharding.is_fully_addressable:
+            return jax.device_put(array, sharding)
+        whole = np.asarray(array)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(place, tree)
+
+
+def fetch(array: Array) -> np.ndarray:
+    """A whole array, wherever its parts lie; all processes must ask at the same point."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+        return np.asarray(array)
+    if array.is_fully_replicated:
+        return np.asarray(array.addressable_data(0))
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def enable_compilation_cache() -> None:

@@ -16,7 +16,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichProgress
 
-from jinv import optimise
+from jinv import optimise, parallel
 
 LINE_EVERY = 30.0
 """Seconds between lines where there is no terminal."""
@@ -27,7 +27,7 @@ class Progress:
 
     def __init__(self, phases: tuple[optimise.Phase, ...], console: Console | None = None) -> None:
         self._phases = phases
-        self._console = console or Console(stderr=True)
+        self._console = console or Console(stderr=True, quiet=not parallel.is_main())
         self._total = sum(phase.steps for phase in phases)
         self._bar = RichProgress(
             TextColumn("{task.description}"),

@@ -7,6 +7,9 @@ folder/
   progress/       a picture grid every k steps
   checkpoints/    while the run is unfinished
   summary.json    written last: its presence means "finished"
+
+Of several processes all compute, and only the main one writes (each its part of a checkpoint, so
+that the folder must be on a disk that all of them see).
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ import orbax.checkpoint as ocp
 from jax import Array
 
 from jinv import config as configs
-from jinv import optimise
+from jinv import optimise, parallel
 from jinv.files import write_atomic
 from jinv.progress import Progress
 
@@ -57,7 +60,6 @@ class Options:
     Attributes:
       chunk: steps between two looks of the host at the device.
       loop: "scan", "python" or "auto"; see `optimise.run`.
-      devices: how many local devices share the batch; all by default.
       pictures_every: steps between picture grids; 0 for none.
       scores_every: steps between the judges' looks; 0 for the end only.
       checkpoint_every: steps between checkpoints.
@@ -65,7 +67,6 @@ class Options:
 
     chunk: int = 10
     loop: optimise.Loop = "auto"
-    devices: int | None = None
     pictures_every: int = 100
     scores_every: int = 100
     checkpoint_every: int = 100
@@ -130,6 +131,7 @@ class Session:
 
     Attributes:
       metrics, scores: the logs.
+      finished: whether the folder holds this run with its summary.
       clock: where the time went, over all sessions of the run.
       state: after the last chunk, also when `run` raised; None before.
 
@@ -165,12 +167,12 @@ class Session:
         self._began = time.perf_counter()
         if resume and overwrite:
             raise SessionError("--resume and --overwrite exclude each other")
-        self._claim(config, resume, overwrite)
+        parallel.on_main(lambda: self._claim(config, resume, overwrite), SessionError)
+        self.finished = parallel.any_process(parallel.is_main() and self._summary.exists())
 
     @property
-    def finished(self) -> bool:
-        """Whether the folder holds a run with its summary."""
-        return (self.folder / "summary.json").exists()
+    def _summary(self) -> Path:
+        return self.folder / "summary.json"
 
     @property
     def seconds(self) -> float:
@@ -179,14 +181,14 @@ class Session:
 
     def read_summary(self) -> dict[str, Any]:
         """The summary of a finished run."""
-        return json.loads((self.folder / "summary.json").read_text())
+        return json.loads(self._summary.read_text())
 
     def _claim(self, config: Mapping[str, Any], resume: bool, overwrite: bool) -> None:
         if self.folder.exists() and not self.folder.is_dir():
             raise SessionError(f"{self.folder} is a file, not a folder")
         if overwrite:
             self._clear()
-        elif self.finished and not resume:
+        elif self._summary.exists() and not resume:
             raise SessionError(
                 f"{self.folder} holds a finished run: choose another folder, or --overwrite it"
             )
@@ -200,7 +202,7 @@ class Session:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SessionError(f"cannot make the folder {self.folder}: {error}") from None
-        if not self.finished:
+        if not self._summary.exists():
             write_atomic(self.folder / "config.yaml", configs.to_yaml(config))
 
     def _clear(self) -> None:
@@ -216,7 +218,7 @@ class Session:
         changed = [
             line
             for line in configs.differences(before, json.loads(json.dumps(dict(config))))
-            if not line.startswith("run.")
+            if not line.startswith(("run.", "execution."))
         ]
         if changed:
             raise SessionError(
@@ -231,8 +233,8 @@ class Session:
         images: Array,
         data: Any,
         *,
-        pictures: Callable[[Array], bytes] | None = None,
-        score: Callable[[Array], Mapping[str, float]] | None = None,
+        pictures: Callable[[np.ndarray], bytes] | None = None,
+        score: Callable[[np.ndarray], Mapping[str, float]] | None = None,
     ) -> optimise.State:
         """`optimise.run` with everything a long run needs.
 
@@ -263,12 +265,16 @@ class Session:
                     row = {name: float(values[i]) for name, values in chunk.metrics.items()}
                     self.metrics.add(step=chunk.start + i, phase=chunk.phase, **row)
                 progress.update(chunk)
-                if pictures and _crossed(chunk.start, done, every.pictures_every):
+                show = _crossed(chunk.start, done, every.pictures_every)
+                judge = _crossed(chunk.start, done, every.scores_every) and done < total
+                if show or judge:
+                    images = parallel.fetch(chunk.state.images)
+                if show and pictures and parallel.is_main():
                     grid = self.folder / "progress" / f"step_{done:06d}.png"
                     grid.parent.mkdir(exist_ok=True)
-                    write_atomic(grid, pictures(chunk.state.images))
-                if score and _crossed(chunk.start, done, every.scores_every) and done < total:
-                    found = score(chunk.state.images)
+                    write_atomic(grid, pictures(images))
+                if judge and score and parallel.is_main():
+                    found = score(images)
                     self.scores.add(step=done, **found)
                     progress.say(done, found)
                 if stopping() or _crossed(chunk.start, done, every.checkpoint_every):
@@ -288,19 +294,20 @@ class Session:
                     should_stop=stopping,
                 )
             finally:
-                self.metrics.save()
+                self._save_logs()
             if stopping() and not self._ended:
                 raise Interrupted(
                     f"{self.folder}: stopped at step {int(state.step)} of {total}; "
                     "go on with --resume",
-                    stopping.number,
+                    stopping.number or signal.SIGTERM,  # it may have come to another process
                 )
             return state
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the summary, which marks the run as finished, and drop the checkpoints."""
-        write_atomic(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_atomic(self._summary, json.dumps(summary, indent=2) + "\n")
         shutil.rmtree(self._checkpoints, ignore_errors=True)
+        self.finished = True
 
     @contextmanager
     def _manager(self) -> Iterator[ocp.CheckpointManager]:
@@ -318,9 +325,7 @@ class Session:
             return
         # The logs first: rows beyond the checkpoint are dropped on resuming, missing ones are not
         # made again.
-        self.metrics.save()
-        if self.scores.rows:
-            self.scores.save()
+        self._save_logs()
         meta = {
             "phase": chunk.phase,
             "seconds": self.seconds,
@@ -335,6 +340,12 @@ class Session:
         # The next step donates the state's buffers.
         manager.wait_until_finished()
         self._saved = step
+
+    def _save_logs(self) -> None:
+        if parallel.is_main():
+            self.metrics.save()
+            if self.scores.rows:
+                self.scores.save()
 
     def _restore(
         self, manager: ocp.CheckpointManager, phases: tuple[optimise.Phase, ...], images: Array
@@ -365,11 +376,13 @@ class _Signals:
 
     def __init__(self) -> None:
         self.number = 0
+        self._agreed = False
         self._before: dict[int, Any] = {}
 
     def __call__(self) -> bool:
-        """Whether one has come."""
-        return self.number != 0
+        """Whether one has come to any process; all ask at the same points."""
+        self._agreed = self._agreed or parallel.any_process(self.number != 0)
+        return self._agreed
 
     def __enter__(self) -> _Signals:
         # Python handles signals in the main thread only; elsewhere they act as usual.

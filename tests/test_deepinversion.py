@@ -19,6 +19,7 @@ from jinv import image, models, optimise
 from jinv.attacks import deepinversion
 from jinv.attacks.deepinversion import Attack, Config, Phase
 from jinv.image import Preprocessing
+from jinv.joint import Execution
 from jinv.net import Net
 from jinv.objective import Member, Weights
 
@@ -139,6 +140,16 @@ def torch_convert(x: Any, source: Preprocessing, target: Preprocessing) -> Any:
     return (lo + pixels * (hi - lo) - column(target.mean)) / column(target.std)
 
 
+def torch_see(x: Any, space: Preprocessing, peer: Peer, first: Preprocessing) -> Any:
+    """Images of `space` as a network sees that was trained on another size than the first."""
+    from torch.nn import functional
+
+    size = [round(n * peer.space.size / first.size) for n in x.shape[2:]]
+    if size != list(x.shape[2:]):
+        x = functional.interpolate(x, size, mode="bilinear", antialias=True)
+    return torch_convert(x, space, peer.space)
+
+
 def torch_batch_norm_term(network: Any, x: Any, weights: Weights) -> tuple[Any, Any]:
     """Logits and sum_l w_l (|mean - running mean| + |var - running var|), by hooks."""
     from torch import nn
@@ -180,9 +191,8 @@ def torch_loss(
     x = torch.flip(x, dims=(3,)) if flip else x
     total, terms, first_logits = 0, {}, None
     for peer in peers:
-        logits, bn = torch_batch_norm_term(
-            peer.network, torch_convert(x, space, peer.space), peer.weights
-        )
+        seen = torch_see(x, space, peer, peers[0].space)
+        logits, bn = torch_batch_norm_term(peer.network, seen, peer.weights)
         first_logits = logits if first_logits is None else first_logits
         if config.label_loss == "cross_entropy":
             label = functional.cross_entropy(logits / config.temperature, torch.tensor(targets))
@@ -205,15 +215,16 @@ def torch_loss(
     total = total + (config.tv_l2 if tv_l2 is None else tv_l2) * terms["tv_l2"]
     total = total + config.tv_l1 * terms["tv_l1"] + config.l2 * terms["l2"]
     if competitor is not None:
-        other = competitor.network(torch_convert(x, space, competitor.space))
+        other = competitor.network(torch_see(x, space, competitor, peers[0].space))
         t = config.adaptive_temperature
         p, q = torch.softmax(other / t, 1), torch.softmax(first_logits / t, 1)
         middle = 0.5 * (p + q)
         p, q, middle = (y.clamp(0.01, 0.99) for y in (p, q, middle))
         kl = torch.nn.KLDivLoss(reduction="batchmean")
         js = 0.5 * kl(torch.log(p), middle) + 0.5 * kl(torch.log(q), middle)
-        terms["adaptive"] = 1 - js.clamp(0, 1)
-        total = total + config.adaptive * terms["adaptive"]
+        name = f"adaptive[{peers[0].name}]" if len(peers) > 1 else "adaptive"
+        terms[name] = 1 - js.clamp(0, 1)
+        total = total + config.adaptive * terms[name]
     return total, terms
 
 
@@ -340,9 +351,10 @@ def test_two_networks_add_their_losses() -> None:
     """Terms carry names; each network sees the images in its own normalisation."""
     pytest.importorskip("torch")
     weights = (WEIGHTS, Weights(label=0.3, batch_norm=0.2, first_bn_multiplier=3))
+    same_size = dataclasses.replace(tiny.OTHER_SPACE, size=tiny.SPACE.size)
     nets = (
         tiny.network(seed=0, name="left"),
-        tiny.network(seed=1, space=tiny.OTHER_SPACE, name="right", widths=(5,), classes=9),
+        tiny.network(seed=1, space=same_size, name="right", widths=(5,), classes=9),
     )
     config = Config(phases=(Phase(1, jitter=0),), flip=0.0, tv_l2=0.0, l2=0.0, **READABLE)
     members = [Member(net, w) for net, w in zip(nets, weights, strict=True)]
@@ -360,20 +372,40 @@ def test_two_networks_add_their_losses() -> None:
         for term, value in single.items():
             np.testing.assert_allclose(terms[f"{term}[{name}]"], value, rtol=1e-5)
 
-    everything = dataclasses.replace(config, tv_l2=2e-3, tv_l1=0.05, l2=3e-3, adaptive=2.0)
-    other = tiny.network(seed=5)
+
+@pytest.mark.parametrize("execution", [Execution(), Execution(images_at_once=1)], ids=str)
+def test_networks_of_several_sizes_equal_torch(execution: Execution) -> None:
+    """Each sees the images resampled to its own size, as does the competitor."""
+    pytest.importorskip("torch")
+    weights = (WEIGHTS, Weights(label=0.3, batch_norm=0.2, first_bn_multiplier=3))
+    larger = dataclasses.replace(tiny.OTHER_SPACE, size=22)
+    nets = (
+        tiny.network(seed=0, name="left"),
+        tiny.network(seed=1, space=larger, name="right", widths=(5,), classes=9),
+    )
+    config = Config(phases=(Phase(1, jitter=0),), flip=0.0, **EVERYTHING)
+    members = [Member(net, w) for net, w in zip(nets, weights, strict=True)]
+    attack = attack_of(
+        config,
+        *members,
+        size=(16, 20),
+        competitor=tiny.network(seed=5, space=tiny.OTHER_SPACE),
+        execution=execution,
+    )
+    images = attack.initial(KEY)
+    other = tiny.network(seed=5, space=tiny.OTHER_SPACE)
     peers = [
         Peer(torch_tiny(net), net.preprocessing, w, net.name)
         for net, w in zip(nets, weights, strict=True)
     ]
     agree(
-        loss_and_gradient(attack_of(everything, *members, **shared, competitor=other), images),
+        loss_and_gradient(attack, images),
         torch_gradient(
             peers,
             images,
-            everything,
+            config,
             space=tiny.SPACE,
-            competitor=Peer(torch_tiny(other), tiny.SPACE),
+            competitor=Peer(torch_tiny(other), tiny.OTHER_SPACE),
         ),
     )
 

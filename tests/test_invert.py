@@ -18,14 +18,17 @@ import yaml
 from PIL import Image
 
 from conftest import CACHE, ROOT
+from jinv import config as configs
+from jinv import inversion, study
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import invert  # a script: found through the path above
 
 SUMMARY_KEYS = {
-    *("model", "device", "steps", "images", "targets", "seconds", "seconds_per_step"),
+    *("model", "device", "placement", "steps", "images", "targets", "seconds", "seconds_per_step"),
     *("compile_seconds", "loss", "terms", "top1", "mean_probability", "files", "versions"),
+    *("confidence", "agreement", "diversity"),
 }
 
 RECIPE: dict[str, Any] = {
@@ -87,7 +90,7 @@ def test_writes_what_it_promises(finished: Path) -> None:
     ]
     for name in images(finished):
         assert Image.open(finished / "images" / name).size == (16, 16)
-    assert Image.open(finished / "grid.png").size == (2 + 3 * 18, 2 + 2 * 18)
+    assert Image.open(finished / "grid.png").size == (2 + 2 * 18, 2 + 2 * 18)
     rows = list(csv.DictReader((finished / "metrics.csv").open()))
     assert [int(row["step"]) for row in rows] == list(range(13))
     assert [int(row["phase"]) for row in rows] == [0] * 6 + [1] * 7
@@ -160,7 +163,7 @@ def test_overrides_reach_the_run(tmp_path: Path, recipe: Path) -> None:
         ({"attack": {"optimizer": "sgdm"}}, "sgdm"),
         ({"attack": {"phases": [{"steps": 1, "downscale": 3}]}}, "downscaled by 3"),
         ({"attack": {"adaptive": 0.2}}, "competitor"),
-        ({"run": {"devices": 99}}, "99 devices"),
+        ({"execution": {"devices": 99}}, "99 devices"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_written(
@@ -261,8 +264,9 @@ def test_signals_save_a_checkpoint(
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_config_reads_and_says_what_it_reproduces(path: Path) -> None:
-    recipe = invert.read_recipe(path)
-    assert recipe.networks
+    tree = configs.read_yaml(path)
+    variants = tree.pop("variants", {})
+    assert study.runs(inversion.recipe_from(tree), variants)
     header = path.read_text().split("networks:")[0]
     for word in ("Paper:", "Command:", "Hardware:", "Expected:"):
         assert word in header

@@ -103,7 +103,7 @@ def test_gray_judge_sees_gray_pixels() -> None:
 
 
 def test_top1_is_the_share_of_hits() -> None:
-    prediction = Prediction(np.asarray([4, 7, 7, 1]), np.asarray([0.5, 0.9, 0.3, 1.0]))
+    prediction = Prediction(np.eye(8)[[4, 7, 7, 1]])
     assert metrics.top1(prediction, [4, 7, 7, 1]) == 1
     assert metrics.top1(prediction, [4, 0, 7, 0]) == 0.5
     assert metrics.top1(prediction, [0, 0, 0, 0]) == 0

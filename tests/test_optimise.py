@@ -18,7 +18,7 @@ import optax
 import pytest
 from jax import Array, lax
 
-from jinv import optimise, parallel
+from jinv import optimise
 from jinv.optimise import Chunk, EarlyStop, NonFiniteError, Phase, State
 
 LOOPS = pytest.mark.parametrize("loop", ["python", "scan"])
@@ -603,7 +603,7 @@ import json, sys
 sys.path.insert(0, "tests")
 import jax, jax.numpy as jnp, numpy as np, optax
 import tiny
-from jinv import optimise, parallel
+from jinv import joint, optimise, parallel
 from jinv.attacks import deepinversion
 from jinv.objective import Member, Weights
 
@@ -615,19 +615,14 @@ config = deepinversion.Config(
 members = [Member(net, Weights(batch_norm=0.1))]
 other = tiny.network(seed=1)
 targets = [0, 1, 2, 3, 4, 5, 6, 0]
-attack = deepinversion.build(config, members, targets, competitor=other)
 
 def result(devices, loop):
-    mesh = parallel.batch_mesh(8, devices)
-    data = attack.data._replace(
-        members=parallel.replicate(mesh, attack.data.members),
-        competitor=parallel.replicate(mesh, attack.data.competitor),
-        targets=parallel.shard(mesh, attack.data.targets),
-    )
-    images = parallel.shard(mesh, attack.initial(jax.random.key(0)))
+    execution = joint.Execution(devices=devices)
+    attack = deepinversion.build(config, members, targets, competitor=other, execution=execution)
     losses = []
     state = optimise.run(
-        attack.phases, jax.random.key(1), images, data, loop=loop, chunk=4,
+        attack.phases, jax.random.key(1), attack.initial(jax.random.key(0)), attack.data,
+        loop=loop, chunk=4,
         callback=lambda chunk: losses.extend(chunk.metrics["loss"].tolist()),
     )
     return state, losses
@@ -652,10 +647,10 @@ def gather(images):
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     return jax.lax.with_sharding_constraint(images, everywhere)
 
-mesh, sgd = parallel.batch_mesh(8), optax.sgd(0.1)
+mesh, sgd = parallel.mesh(parallel.BATCH, jax.devices()), optax.sgd(0.1)
 step = optimise.make_step(lambda key, x, data: (jnp.square(x).sum(), {}), sgd, project=gather)
 phase = optimise.Phase("gather", 4, lambda images, t: optimise.init(images, sgd, t), step)
-images = parallel.shard(mesh, jnp.ones((8, 2, 2, 1)))
+images = parallel.put(mesh, jax.sharding.PartitionSpec("batch"), jnp.ones((8, 2, 2, 1)))
 state = optimise.run((phase,), jax.random.key(0), images, None, chunk=2)
 out["gathered"] = [list(shard.data.shape) for shard in state.images.addressable_shards]
 out["value"] = state.images.ravel()[0].item()
@@ -679,28 +674,3 @@ def test_four_devices_find_the_images_of_one(run_python: Callable[..., Any]) -> 
         assert part["rows"] == [0, 2, 4, 6]
     assert found["gathered"] == [[2, 2, 2, 1]] * 4
     np.testing.assert_allclose(found["value"], 0.8**4, rtol=1e-5)
-
-
-def test_batch_that_devices_cannot_share_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the message names numbers that fit."""
-    monkeypatch.setattr(jax, "local_devices", lambda: [jax.devices()[0]] * 4)
-    message = (
-        r"batch of 6 images cannot be shared evenly by 4 devices: "
-        r"use a multiple of 4 images, or 3 devices"
-    )
-    with pytest.raises(ValueError, match=message):
-        parallel.batch_mesh(6)
-    with pytest.raises(ValueError, match=r"multiple of 2 images, or 1 device$"):
-        parallel.batch_mesh(7, 2)
-    with pytest.raises(ValueError, match="5 devices asked for; there are 4 here"):
-        parallel.batch_mesh(10, 5)
-    with pytest.raises(ValueError, match="0 devices asked for"):
-        parallel.batch_mesh(10, 0)
-
-
-def test_one_device_is_a_mesh_too() -> None:
-    mesh = parallel.batch_mesh(3, 1)
-    batch = parallel.shard(mesh, jnp.arange(3))
-    tree = parallel.replicate(mesh, {"w": jnp.ones(2)})
-    assert batch.sharding.is_equivalent_to(tree["w"].sharding, 1)
-    assert mesh.axis_names == (parallel.BATCH,)

@@ -2,7 +2,7 @@
 
 Images are optimised until a frozen network takes them for given classes *and* its BatchNorm
 layers see the statistics they saw in training. With a competitor network the images are also
-pushed to where the two disagree. Several networks may share the objective.
+pushed to where the two disagree. Several networks may share the objective: see `ensemble`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import numpy as np
 import optax
 from jax import Array
 
-from jinv import image, optimise, priors
+from jinv import image, joint, microbatch, optimise, parallel, priors
 from jinv.image import Preprocessing
-from jinv.net import Net
-from jinv.objective import LabelLoss, Member, network_terms, weigh
+from jinv.net import Net, Outputs
+from jinv.objective import LabelLoss, Member, network_terms, term_weights
 
 HAND_PICKED = (
     *(1, 933, 946, 980, 25, 63, 92, 94, 107, 985, 151, 154, 207, 250, 270, 277, 283, 292, 294),
@@ -137,16 +137,14 @@ class Config:
 
 
 class Data(NamedTuple):
-    """Arrays that the steps read: networks' variables and the classes to show.
+    """Arrays that the steps read, lying where they are needed.
 
     Attributes:
-      members: variables of each network in the objective.
-      competitor: variables of the competitor, None without.
+      networks: variables of the networks, as `joint.build` arranged them.
       targets: (B,) class indices.
     """
 
-    members: tuple[Any, ...]
-    competitor: Any
+    networks: Any
     targets: Array
 
 
@@ -159,12 +157,14 @@ class Attack:
       data: what its steps read.
       space: normalisation of the images being optimised.
       initial: `key -> images`, Gaussian noise at the first phase's resolution.
+      placement: the devices, and what each of them computes.
     """
 
     phases: tuple[optimise.Phase, ...]
     data: Data
     space: Preprocessing
     initial: Callable[[Array], Array]
+    placement: joint.Placement
 
 
 def build(
@@ -176,11 +176,15 @@ def build(
     space: Preprocessing | None = None,
     competitor: Net | None = None,
     compute_dtype: jnp.dtype | str = jnp.float32,
+    execution: joint.Execution = joint.Execution(),
 ) -> Attack:
     """DeepInversion of one network, or of several at once, for these classes.
 
     L = sum_networks [a_label L_label + a_bn R_bn] + a_tv2 TV_2 + a_tv1 TV_1 + a_l2 R_l2
         + a_adi R_adi, on images pooled, rolled and mirrored at random.
+
+    The first network sees the images as they are. A network of another input size sees them
+    resampled by the ratio of the two sizes.
 
     Args:
       config: the mathematics.
@@ -191,6 +195,7 @@ def build(
         defaults to the first network's. A one-channel space inverts gray images.
       competitor: fixed network for R_adi.
       compute_dtype: of the networks' arithmetic; moments, losses and pixels stay float32.
+      execution: devices, and how the networks share them; changes no value beyond rounding.
 
     Raises:
       ValueError: what does not fit together.
@@ -212,9 +217,29 @@ def build(
         factor = phase.downscale if config.coarse == "small" else 1
         return height // factor, width // factor
 
+    dtype = jnp.dtype(compute_dtype)
+    reference = members[0].net.preprocessing.size
+    shapes = [
+        jax.ShapeDtypeStruct((len(targets), height // n, width // n, space.channels), jnp.float32)
+        for n in dict.fromkeys(phase.downscale for phase in config.phases)
+    ]
+    classes = jax.ShapeDtypeStruct(targets.shape, targets.dtype)
+    parts = []
+    for i, member in enumerate(members):
+        rival = competitor if i == 0 else None
+        terms, weights = _terms(config, member, rival, reference, space, dtype, execution)
+        variables = (member.net.variables, None if rival is None else rival.variables)
+        example = (shapes[-1], classes)
+        parts.append(joint.Part(member.net.name, terms, weights, variables, example))
+        for shape in shapes:
+            _check_fits(parts[-1], shape)
+    placement = joint.place(parts, len(targets), execution)
+    evaluate, networks = joint.build(parts, placement, execution)
+
     def initial(key: Array) -> Array:
         shape = (len(targets), *resolution(config.phases[0]), space.channels)
-        return config.init_std * jax.random.normal(key, shape)
+        noise = config.init_std * jax.random.normal(key, shape)
+        return parallel.put(placement.mesh, placement.batch, noise)
 
     def project(images: Array) -> Array:
         return image.clip(images, space) if config.clip else images
@@ -222,26 +247,75 @@ def build(
     phases = []
     for phase in config.phases:
         factor = phase.downscale if config.coarse == "pooled" else 1
-        loss = _loss(config, phase, factor, members, competitor, space, jnp.dtype(compute_dtype))
         optimiser = make_optimiser(config, phase)
         stop = None
         if config.early_stop is not None:
             stop = optimise.EarlyStop(_percent(config.early_stop, phase.steps))
+        step = optimise.make_step(
+            _loss(config, phase, factor, evaluate), optimiser, project=project, early_stop=stop
+        )
         phases.append(
             optimise.Phase(
                 f"{height // phase.downscale} x {width // phase.downscale} px",
                 phase.steps,
                 _enter(optimiser, resolution(phase)),
-                optimise.make_step(loss, optimiser, project=project, early_stop=stop),
+                step,
                 cost=1 / phase.downscale**2,
             )
         )
-    data = Data(
-        tuple(member.net.variables for member in members),
-        competitor.variables if competitor is not None else None,
-        targets,
-    )
-    return Attack(tuple(phases), data, space, initial)
+    data = Data(networks, parallel.put(placement.mesh, placement.batch, targets))
+    return Attack(tuple(phases), data, space, initial, placement)
+
+
+def _terms(
+    config: Config,
+    member: Member,
+    competitor: Net | None,
+    reference: int,
+    space: Preprocessing,
+    dtype: jnp.dtype,
+    execution: joint.Execution,
+) -> tuple[Callable[[Any, Array, Array], dict[str, Array]], dict[str, float]]:
+    """One network's terms, R_adi among them if it has a competitor, and their weights."""
+    at_once = execution.images_at_once
+
+    def outputs(net: Net, variables: Any, images: Array) -> Outputs:
+        scale = net.preprocessing.size / reference
+        height, width = (round(n * scale) for n in images.shape[1:3])
+        images = image.resize(images, (height, width))
+        inputs = image.convert(images, space, net.preprocessing).astype(dtype)
+        if at_once is not None and at_once < len(images):
+            return microbatch.in_turns(net.apply, at_once)(variables, inputs)
+        return net.apply(variables, inputs)
+
+    def terms(variables: tuple[Any, Any], images: Array, targets: Array) -> dict[str, Array]:
+        own, rival = variables
+        found = outputs(member.net, own, images)
+        values = network_terms(member, found, own, targets, config.label_loss, config.temperature)
+        if competitor is not None:
+            other = outputs(competitor, rival, images).logits
+            temperature = config.adaptive_temperature
+            values["adaptive"] = priors.disagreement(found.logits, other, temperature)
+        return values
+
+    weights = term_weights(member)
+    if competitor is not None:
+        weights["adaptive"] = config.adaptive
+    if not weights:
+        raise ValueError(
+            f"{member.net.name} adds nothing to the objective: its label and batch_norm terms "
+            "weigh 0, or it has no BatchNorm layers"
+        )
+    return terms, weights
+
+
+def _check_fits(part: joint.Part, images: jax.ShapeDtypeStruct) -> None:
+    """Trace a network on images of this shape, which computes nothing."""
+    try:
+        jax.eval_shape(part.terms, part.variables, images, part.example[1])
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        _, height, width, _ = images.shape
+        raise ValueError(f"{part.name} cannot take {height} x {width} images: {error}") from None
 
 
 def _enter(
@@ -253,15 +327,7 @@ def _enter(
     return enter
 
 
-def _loss(
-    config: Config,
-    phase: Phase,
-    factor: int,
-    members: Sequence[Member],
-    competitor: Net | None,
-    space: Preprocessing,
-    dtype: jnp.dtype,
-) -> optimise.LossFn:
+def _loss(config: Config, phase: Phase, factor: int, evaluate: joint.Evaluate) -> optimise.LossFn:
     """The objective of one phase as `(key, images, data) -> (loss, terms)`."""
     tv_l2 = config.tv_l2 if phase.tv_l2 is None else phase.tv_l2
     image_terms: dict[str, tuple[float, Callable[[Array], Array]]] = {
@@ -272,29 +338,13 @@ def _loss(
 
     def loss(key: Array, images: Array, data: Data) -> tuple[Array, dict[str, Array]]:
         seen = augment(key, images, factor, phase.jitter, config.flip)
-        weights: dict[str, float] = {}
-        values: dict[str, Array] = {}
-        logits = []
-        for member, variables in zip(members, data.members, strict=True):
-            inputs = image.convert(seen, space, member.net.preprocessing)
-            outputs = member.net.apply(variables, inputs.astype(dtype))
-            logits.append(outputs.logits)
-            terms = network_terms(
-                member, outputs, variables, data.targets, config.label_loss, config.temperature
-            )
-            for name, (weight, value) in terms.items():
-                name = name if len(members) == 1 else f"{name}[{member.net.name}]"
-                weights[name], values[name] = weight, value
+        total, values = evaluate(data.networks, seen, data.targets)
         for name, (weight, prior) in image_terms.items():
             if weight:
                 share = len(images) if name == "tv_l2" and config.tv_per_image else 1
-                weights[name], values[name] = weight, prior(seen) / share
-        if competitor is not None:
-            inputs = image.convert(seen, space, competitor.preprocessing)
-            other = competitor.apply(data.competitor, inputs.astype(dtype)).logits
-            weights["adaptive"] = config.adaptive
-            values["adaptive"] = priors.disagreement(logits[0], other, config.adaptive_temperature)
-        return weigh(values, weights), values
+                values[name] = prior(seen) / share
+                total = total + weight * values[name]
+        return total, values
 
     return loss
 
