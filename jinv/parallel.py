@@ -24,7 +24,7 @@ BATCH = "batch"
 
 # How many processes each launcher says that it has started; JAX finds the rest out by itself.
 _LAUNCHERS = {
-    "SLURM": ("SLURM_JOB_ID", "SLURM_NTASKS"),
+    "SLURM": ("SLURM_STEP_NODELIST", "SLURM_NTASKS"),
     "Open MPI": ("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE"),
 }
 _MESSAGE_BYTES = 2000

@@ -34,7 +34,7 @@ class Progress:
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[left]} left  {task.fields[terms]}"),
+            TextColumn("{task.fields[left]} left  {task.fields[terms]}", markup=False),
             console=self._console,
             disable=not self._console.is_terminal,
         )
@@ -70,13 +70,14 @@ class Progress:
             self._console.print(
                 f"{phase.name}  step {done}/{self._total}  {left} left  {terms}",
                 highlight=False,
+                markup=False,  # "label[resnet18]" is a name
                 soft_wrap=True,
             )
 
     def say(self, step: int, values: Mapping[str, float]) -> None:
         """Print numbers above the bar."""
         text = "  ".join(f"{name} {value:.2f}" for name, value in values.items())
-        self._console.print(f"step {step}: {text}", highlight=False, soft_wrap=True)
+        self._console.print(f"step {step}: {text}", highlight=False, markup=False, soft_wrap=True)
 
 
 class _Rate:

@@ -1,0 +1,248 @@
+"""Devices and processes: where arrays lie, who is asked to join, what two processes find."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+from jax.sharding import PartitionSpec
+from PIL import Image
+
+from conftest import CACHE, ROOT
+from jinv import parallel
+
+RECIPE: dict[str, Any] = {
+    "networks": [
+        {"model": "resnet20_cifar", "weights": "random", "name": "a"},
+        {"model": "resnet20_cifar", "weights": "random", "name": "b", "classes": 7},
+    ],
+    "judges": [{"model": "resnet20_cifar", "weights": "random", "name": "judge"}],
+    "images": 4,
+    "labels": [3, 5],
+    "size": 16,
+    "attack": {"warmup": 2, "phases": [{"steps": 20, "jitter": 2}]},
+    "run": {"chunk": 2, "pictures_every": 10, "scores_every": 10, "checkpoint_every": 4},
+}
+
+
+# --- one process ---------------------------------------------------------------------------------
+
+
+def test_launchers_are_recognised() -> None:
+    slurm = {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2"}
+    assert parallel.launcher(slurm) == "SLURM"
+    assert parallel.launcher(slurm | {"SLURM_NTASKS": "1"}) is None
+    mpi = {"OMPI_MCA_orte_hnp_uri": "x", "OMPI_COMM_WORLD_SIZE": "4"}
+    assert parallel.launcher(mpi) == "Open MPI"
+    pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
+    assert parallel.launcher(pod) is None
+    assert parallel.launcher(pod | {"JOB_COMPLETION_INDEX": "0"}) == "Kubernetes"
+    assert parallel.launcher({}) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("h:1", None, None), "go together"),
+        ((None, 2, 0), "go together"),
+        (("h:1", 2, 2), "process_id must be 0 to 1, not 2"),
+    ],
+)
+def test_half_a_request_to_join_is_an_error(given: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parallel.start(*given)
+
+
+def test_alone_there_is_nobody_to_ask() -> None:
+    parallel.start()
+    assert parallel.is_main()
+    assert parallel.any_process(True)
+    assert not parallel.any_process(False)
+    assert parallel.first_failure("broken") == "broken"
+    assert parallel.first_failure(None) is None
+    with pytest.raises(OSError, match="gone"):
+        parallel.on_main(lambda: (_ for _ in ()).throw(OSError("gone")), OSError)
+
+
+def test_one_device_is_a_mesh_too() -> None:
+    mesh = parallel.mesh(parallel.BATCH, jax.devices()[:1])
+    batch = parallel.put(mesh, PartitionSpec(parallel.BATCH), jnp.arange(3))
+    tree = parallel.put(mesh, PartitionSpec(), {"w": jnp.ones(2)})
+    assert batch.sharding.is_equivalent_to(tree["w"].sharding, 1)
+    np.testing.assert_array_equal(parallel.fetch(batch), [0, 1, 2])
+
+
+# --- two processes -------------------------------------------------------------------------------
+
+
+def free_port(lowest: int = 20000) -> int:
+    """Launchers' ports follow from the number of the job, from 61440 on."""
+    for port in range(lowest + os.getpid() % 3000, 65536):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
+    raise OSError(f"no free port above {lowest}")
+
+
+def flags(i: int, port: int) -> tuple[list[str], dict[str, str]]:
+    given = ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process-id", str(i)]
+    return given, {}
+
+
+def slurm(i: int, port: int) -> tuple[list[str], dict[str, str]]:
+    return [], {
+        "SLURM_JOB_ID": str(port - 61440),
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": str(i),
+        "SLURM_LOCALID": str(i),
+    }
+
+
+def open_mpi(i: int, port: int) -> tuple[list[str], dict[str, str]]:
+    return [], {
+        "OMPI_MCA_orte_hnp_uri": f"{(port - 61440) << 12}.0;tcp://127.0.0.1:50000",
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_RANK": str(i),
+        "OMPI_COMM_WORLD_LOCAL_RANK": str(i),
+    }
+
+
+def start(recipe: Path, out: Path, i: int, joined: Any, devices: int = 1) -> subprocess.Popen:
+    arguments, environment = joined
+    settings = {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_COMPILATION_CACHE_DIR": str(CACHE),
+    }
+    command = [sys.executable, "scripts/invert.py", "--config", recipe, "--out", out, *arguments]
+    return subprocess.Popen(
+        [str(part) for part in command],
+        cwd=ROOT,
+        env={**os.environ, **settings, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def together(
+    recipe: Path, out: Path, *extra: str, how: Any = flags, port: int = 0, devices: int = 1
+) -> list[tuple[int, str]]:
+    """(exit code, output) of two processes that run the command together."""
+    port = port or free_port()
+    both = []
+    for i in range(2):
+        arguments, environment = how(i, port)
+        both.append(start(recipe, out, i, ([*extra, *arguments], environment), devices))
+    outputs = [process.communicate(timeout=300)[0] for process in both]
+    return [(process.returncode, text) for process, text in zip(both, outputs, strict=True)]
+
+
+def write(folder: Path, tree: dict[str, Any]) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def metrics_of(out: Path) -> np.ndarray:
+    rows = list(csv.DictReader((out / "metrics.csv").open()))
+    return np.asarray([[float(value) for value in row.values()] for row in rows])
+
+
+def pictures_of(out: Path) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(f), int) for f in sorted((out / "images").iterdir())])
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process finds."""
+    folder = tmp_path_factory.mktemp("alone")
+    process = start(write(folder, RECIPE), folder / "out", 0, ([], {}))
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, text
+    return folder / "out"
+
+
+def assert_equal_runs(ours: Path, theirs: Path) -> None:
+    np.testing.assert_allclose(metrics_of(ours), metrics_of(theirs), rtol=1e-3, atol=1e-5)
+    assert np.abs(pictures_of(ours) - pictures_of(theirs)).mean() < 1
+
+
+@pytest.mark.parametrize("placement", ["data", "networks"])
+def test_two_processes_find_the_images_of_one(tmp_path: Path, alone: Path, placement: str) -> None:
+    devices = 2 if placement == "data" else 1
+    recipe = write(tmp_path, RECIPE | {"execution": {"placement": placement}})
+    results = together(recipe, tmp_path / "out", devices=devices)
+    assert [code for code, _ in results] == [0, 0], results
+    assert_equal_runs(tmp_path / "out", alone)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["device"] == f"{2 * devices} x cpu"
+    assert "report.html written" in results[0][1]
+    assert "report.html written" not in results[1][1]
+    assert results[1][1].count("step 10") == 0  # only one process speaks
+
+
+def test_one_process_is_told_to_stop_and_both_resume(tmp_path: Path, alone: Path) -> None:
+    """The signal comes to the process that does not write."""
+    recipe, out = write(tmp_path, RECIPE), tmp_path / "out"
+    port = free_port()
+    both = [start(recipe, out, i, flags(i, port)) for i in range(2)]
+    deadline = time.monotonic() + 200
+    while not list((out / "checkpoints").glob("[0-9]*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    both[1].send_signal(signal.SIGTERM)
+    texts = [process.communicate(timeout=300)[0] for process in both]
+    codes = [process.returncode for process in both]
+    if codes != [0, 0]:  # the run was not over before the signal came
+        assert codes == [143, 143], texts
+        assert not (out / "summary.json").exists()
+        results = together(recipe, out, "--resume")
+        assert [code for code, _ in results] == [0, 0], results
+    assert_equal_runs(out, alone)
+
+
+@pytest.mark.parametrize("how", [slurm, open_mpi])
+def test_two_processes_meet_by_their_launcher(tmp_path: Path, alone: Path, how: Any) -> None:
+    recipe, port = write(tmp_path, RECIPE), free_port(61441)
+    results = together(recipe, tmp_path / "out", how=how, port=port)
+    assert [code for code, _ in results] == [0, 0], results
+    assert_equal_runs(tmp_path / "out", alone)
+
+
+def test_a_mistake_in_one_process_stops_both(tmp_path: Path) -> None:
+    """Before anything is computed, and both say which process and which network."""
+    good = RECIPE["networks"][0]
+    recipes = []
+    for i, networks in enumerate(([good], [good | {"weights": "gone.pth", "name": "lost"}])):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        recipes.append(write(folder, RECIPE | {"networks": networks}))
+    port = free_port()
+    both = [start(recipes[i], tmp_path / "out", i, flags(i, port)) for i in range(2)]
+    texts = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [2, 2], texts
+    assert "process 1: cannot load lost" in texts[0]
+    assert "cannot load lost" in texts[1]
+    assert "Traceback" not in "".join(texts)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_in_use_is_refused_by_both(tmp_path: Path, alone: Path) -> None:
+    recipe = write(tmp_path, RECIPE)
+    results = together(recipe, alone)
+    assert [code for code, _ in results] == [2, 2], results
+    assert all("holds a finished run" in text for _, text in results)
