@@ -1,0 +1,175 @@
+"""One step of several networks jointly."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import timing
+from benchmarks.inversion import ported, problem
+from benchmarks.torch_inversion import JITTER, L2, LR, TV_L2, TorchInversion, torch_network
+from jinv import joint, models, optimise
+from jinv.attacks import deepinversion
+from jinv.net import Net
+from jinv.objective import Member
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Networks that see the same square images; PyTorch has no peer for random copies."""
+
+    networks: tuple[str, ...]
+    batch: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{'+'.join(self.networks)} {self.batch}x{self.size}"
+
+
+CASES = (
+    Case(("resnet18", "mobilenet_v2"), 4, 128),
+    Case(("resnet18", "resnet50", "mobilenet_v2", "efficientnet_lite0"), 4, 128),
+)
+COPIES = (
+    Case(("mobilenet_v2",) * 2, 8, 112),
+    Case(("resnet18",) * 2, 4, 128),
+    Case(("resnet20_cifar",) * 4, 8, 32),
+)
+PLACED = (Case(("mobilenet_v2", "efficientnet_lite0"), 8, 112), Case(("mobilenet_v2",) * 2, 8, 112))
+
+
+class Ours:
+    """Our steps outside `optimise.run`: attacks in turn, one step each."""
+
+    def __init__(self, attacks: Sequence[deepinversion.Attack], images: np.ndarray) -> None:
+        self.attacks = attacks
+        self.steps = [jax.jit(a.phases[0].step, donate_argnums=1) for a in attacks]
+        self.states = [
+            optimise.enter(a.phases[0], _laid(a, jnp.asarray(images)), 0) for a in attacks
+        ]
+
+    def run(self, steps: int) -> None:
+        """Take so many steps of every attack."""
+        for _ in range(steps):
+            for i, attack in enumerate(self.attacks):
+                key = jax.random.key(0)
+                self.states[i], info = self.steps[i](key, self.states[i], attack.data)
+                jax.device_get(info)
+
+
+def _laid(attack: deepinversion.Attack, images: jax.Array) -> jax.Array:
+    placement = attack.placement
+    return jax.device_put(images, jax.NamedSharding(placement.mesh, placement.batch))
+
+
+def attack_on(
+    nets: Sequence[Net],
+    case: Case,
+    targets: np.ndarray,
+    steps: int,
+    execution: joint.Execution = joint.Execution(devices=1),
+    *,
+    augment: bool = True,
+) -> deepinversion.Attack:
+    """The published settings on all of them."""
+    phase = deepinversion.Phase(steps, jitter=JITTER if augment else 0)
+    flip = 0.5 if augment else 0.0
+    config = deepinversion.Config(phases=(phase,), lr=LR, tv_l2=TV_L2, l2=L2, flip=flip)
+    classes = (targets % nets[0].classes).tolist()
+    members = [Member(net) for net in nets]
+    return deepinversion.build(config, members, classes, size=case.size, execution=execution)
+
+
+def first_loss(nets: Sequence[Net], case: Case, images: np.ndarray, targets: np.ndarray) -> float:
+    """Of these images as they are."""
+    attack = attack_on(nets, case, targets, 1, augment=False)
+    state = optimise.enter(attack.phases[0], jnp.asarray(images), 0)
+    return float(jax.jit(attack.phases[0].step)(jax.random.key(0), state, attack.data)[1].loss)
+
+
+def _view(space: Net, net: Net) -> tuple[np.ndarray, np.ndarray]:
+    """(gain, shift) from one network's normalised images to another's."""
+    gain = net.preprocessing.scale / space.preprocessing.scale
+    return gain, net.preprocessing.black - space.preprocessing.black * gain
+
+
+def against_torch(case: Case, repeats: int, steps: int) -> Iterator[dict]:
+    """Jointly against the sum of our single steps, and against an eager PyTorch loop."""
+    torch_nets = [torch_network(name) for name in case.networks]
+    nets = [ported(name, net) for name, net in zip(case.networks, torch_nets, strict=True)]
+    images, targets = problem(case.batch, case.size)
+    bounds = nets[0].preprocessing.black, nets[0].preprocessing.white
+    total = steps * (1 + 3 * repeats)
+    views = [_view(nets[0], net) for net in nets]
+    peers: dict[str, timing.Peer] = {
+        name: TorchInversion(name, torch_nets, views, images, targets, bounds, total, "float32")
+        for name in ("pytorch_frozen", "pytorch_published")
+    }
+    peers["single_steps"] = Ours([attack_on([n], case, targets, total) for n in nets], images)
+    attack = attack_on(nets, case, targets, total)
+    expected = TorchInversion(
+        "pytorch_frozen", torch_nets, views, images, targets, bounds, 2, "float32"
+    ).loss_and_gradient()[0]
+    difference = abs(first_loss(nets, case, images, targets) / expected - 1)
+    if difference > 1e-4:
+        sys.exit(f"{case}: PyTorch does not compute the same: they differ by {difference:.1e}")
+    rounds = timing.take_turns(attack, jnp.asarray(images), peers, repeats, steps)
+    for name in peers:
+        yield timing.row(str(case), name, rounds, loss_difference=difference)
+
+
+def stacked(case: Case, repeats: int, steps: int) -> Iterator[dict]:
+    """Copies of one architecture, vmapped over their weights, against one after the other."""
+    nets = [
+        dataclasses.replace(models.load(name, None, seed=i), name=f"{name}_{i}")
+        for i, name in enumerate(case.networks)
+    ]
+    images, targets = problem(case.batch, case.size)
+    total = steps * (1 + 3 * repeats)
+    plain = attack_on(nets, case, targets, total)
+    stack = joint.Execution(devices=1, stack=True)
+    peers = {"not_stacked": Ours([plain], images)}
+    attack = attack_on(nets, case, targets, total, stack)
+    rounds = timing.take_turns(attack, jnp.asarray(images), peers, repeats, steps)
+    yield timing.row(f"{case} stacked", "not_stacked", rounds)
+
+
+def placed(case: Case, repeats: int, steps: int) -> Iterator[dict]:
+    """A network a device, against all on one device and against the same data-parallel."""
+    nets = [
+        dataclasses.replace(models.load(name, None, seed=i), name=f"{name}_{i}")
+        for i, name in enumerate(case.networks)
+    ]
+    images, targets = problem(case.batch, case.size)
+    total = steps * (1 + 3 * repeats)
+    devices = len(nets)
+    peers = {
+        "one_device": Ours([attack_on(nets, case, targets, total)], images),
+        "data_parallel": Ours(
+            [attack_on(nets, case, targets, total, joint.Execution(devices, "data"))], images
+        ),
+    }
+    attack = attack_on(nets, case, targets, total, joint.Execution(devices, "networks"))
+    rounds = timing.take_turns(attack, _laid(attack, jnp.asarray(images)), peers, repeats, steps)
+    for name in peers:
+        yield timing.row(f"{case} on {devices} devices", name, rounds)
+
+
+def run(args: argparse.Namespace) -> None:
+    """The `ensemble` command."""
+    kinds = [(case, against_torch) for case in CASES] + [(case, stacked) for case in COPIES]
+    kinds += [(case, placed) for case in PLACED if len(case.networks) <= jax.device_count()]
+    names = timing.chosen([f"{kind.__name__} {case}" for case, kind in kinds], args.cases)
+    measured = (
+        kind(case, args.repeats, args.steps)
+        for case, kind in kinds
+        if f"{kind.__name__} {case}" in names
+    )
+    timing.report_rows(itertools.chain.from_iterable(measured), args.out)

@@ -1,0 +1,206 @@
+"""Taking turns on a shared machine, and what is written down about it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+import torch
+
+from jinv import optimise
+from jinv.attacks import deepinversion
+
+QUIET = 0.1
+"""Cores that other processes may use in a round that counts."""
+
+
+class Peer(Protocol):
+    """Something else that does the same work."""
+
+    def run(self, steps: int) -> None:
+        """Take so many steps, and wait until they are done."""
+
+
+def others_seconds() -> float:
+    """CPU seconds that other processes have used since the machine started (Linux; else 0)."""
+    try:
+        user, nice, system, _, _, irq, soft, steal = map(
+            int, Path("/proc/stat").read_text().split(maxsplit=9)[1:9]
+        )
+    except OSError:
+        return 0.0
+    busy = (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK")
+    return busy - time.process_time()
+
+
+@dataclasses.dataclass
+class Round:
+    """Seconds a step, and how many cores others used meanwhile."""
+
+    ours: float
+    peers: dict[str, float]
+    others: float
+
+
+def take_turns(
+    attack: deepinversion.Attack,
+    images: jax.Array,
+    peers: Mapping[str, Peer],
+    repeats: int,
+    steps: int,
+) -> list[Round]:
+    """Rounds in which every side takes `steps` steps; stops after `repeats` quiet ones.
+
+    Ours runs in `optimise.run`, the peers in its callback, whose time `run` does not count.
+    """
+    rounds: list[Round] = []
+    clock = optimise.Clock()
+    began: tuple[float, float, float] | None = None
+
+    def callback(chunk: optimise.Chunk) -> None:
+        nonlocal began
+        ours = clock.stepping
+        spent = {}
+        for name, peer in peers.items():
+            time.sleep(0.05)  # the other library's threads spin for a while after their work
+            start = time.perf_counter()
+            peer.run(steps)
+            spent[name] = (time.perf_counter() - start) / steps
+        if began is not None:  # the first round warms up
+            ours_before, time_before, others_before = began
+            others = (others_seconds() - others_before) / (time.perf_counter() - time_before)
+            rounds.append(Round((ours - ours_before) / steps, spent, others))
+        time.sleep(0.05)
+        began = ours, time.perf_counter(), others_seconds()
+
+    def enough() -> bool:
+        return sum(map(_quiet, rounds)) >= repeats
+
+    optimise.run(
+        attack.phases,
+        jax.random.key(0),
+        images,
+        attack.data,
+        callback=callback,
+        chunk=steps,
+        clock=clock,
+        should_stop=enough,
+    )
+    if enough():
+        return [r for r in rounds if _quiet(r)]
+    return sorted(rounds, key=lambda r: r.others)[:repeats]
+
+
+def _quiet(r: Round) -> bool:
+    return r.others < QUIET
+
+
+def row(case: str, peer: str, rounds: list[Round], **more: Any) -> dict[str, Any]:
+    """What the rounds say of one peer."""
+    ours = np.array([r.ours for r in rounds])
+    peers = np.array([r.peers[peer] for r in rounds])
+    return {
+        "case": case,
+        "peer": peer,
+        "device": jax.devices()[0].device_kind,
+        "ours_s": _median(ours),
+        "peer_s": _median(peers),
+        "ratio": _median(peers / ours),
+        "ours_quartiles_s": _quartiles(ours),
+        "peer_quartiles_s": _quartiles(peers),
+        "ratio_quartiles": _quartiles(peers / ours),
+        "n": len(rounds),
+        "others": _median(np.array([r.others for r in rounds])),
+        **more,
+    }
+
+
+def _median(values: np.ndarray) -> float:
+    return float(np.median(values))
+
+
+def _quartiles(values: np.ndarray) -> list[float]:
+    return [float(q) for q in np.quantile(values, (0.25, 0.75))]
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on besides the code."""
+    processor = platform.processor()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(ln.split(": ")[1] for ln in lines if ln.startswith("model name"))
+    settings = ("XLA_FLAGS", "GLIBC_TUNABLES", "OMP_NUM_THREADS", "MALLOC_ARENA_MAX", "LD_PRELOAD")
+    return {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "backend": jax.default_backend(),
+        "device": jax.devices()[0].device_kind,
+        "environment": {name: os.environ[name] for name in settings if name in os.environ},
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that do the work."""
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "torchvision")
+    found = {"python": platform.python_version()}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    """Write what has been measured so far."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report = {"machine": machine(), "versions": versions(), "rows": rows}
+    path.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def chosen(known: Sequence[Any], words: list[str] | None) -> list[Any]:
+    """The cases whose names contain one of the words, all without words."""
+    cases = [case for case in known if not words or any(word in str(case) for word in words)]
+    if not cases:
+        sys.exit(f"no case matches; there are: {', '.join(map(str, known))}")
+    return cases
+
+
+def prepare() -> None:
+    """Let PyTorch use what JAX uses."""
+    if jax.default_backend() != "gpu":
+        torch.set_num_threads(os.cpu_count() or 1)
+        return
+    if not torch.cuda.is_available():
+        sys.exit("JAX sees a GPU and torch does not: install torch with CUDA, or JAX_PLATFORMS=cpu")
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")  # TF32, as XLA does
+
+
+def report_rows(rows: Iterable[dict[str, Any]], path: Path) -> None:
+    """Print every row when it comes, and keep the file complete."""
+    print(f"{'case':50}{'peer':19}{'ours [s]':>9}{'peer [s]':>9}{'ratio':>7}{'n':>4}{'others':>8}")
+    found: list[dict] = []
+    for new in rows:
+        found.append(new)
+        print(
+            f"{new['case']:50}{new['peer']:19}{new['ours_s']:9.4f}{new['peer_s']:9.4f}"
+            f"{new['ratio']:7.2f}{new['n']:4}{new['others']:8.2f}",
+            flush=True,
+        )
+        write(path, found)
+    if any(new["others"] > QUIET for new in found):
+        print(
+            "Other processes used the machine: PyTorch loses far more time to them than JAX, so "
+            "those ratios say little. Measure again when it is idle."
+        )
