@@ -102,7 +102,8 @@ class Recipe:
       seed: of everything random.
       trials: how many batches, of seeds seed, seed + 1, ...
       compute_dtype: of the networks' arithmetic; losses and moments stay float32.
-      attack: the mathematics. In a file it may begin with `preset: NAME`.
+      attack: the mathematics. In a file it may begin with `preset: NAME`, which sets all its keys
+        (but no networks' `terms` and no `space`); the keys beside it count more.
       execution: devices and memory, without influence on the result beyond rounding.
       run: how it goes, without influence on the result.
     """
@@ -150,6 +151,8 @@ class Inversion:
     Attributes:
       labelled: whether classes were asked for; if not, the images come from statistics alone.
       targets: class of every image, empty if not `labelled`.
+      nets: inverted networks and judges.
+      held_out: names of those that had no say in the optimisation.
       attack: what `optimise.run` takes.
     """
 
@@ -166,6 +169,16 @@ class Inversion:
             self.targets = deepinversion.choose_targets(
                 recipe.labels, recipe.images, first.classes, label_key
             )
+            for net in self.nets:
+                if max(self.targets) >= net.classes:
+                    raise ValueError(
+                        f"{net.name} knows classes 0 to {net.classes - 1}; it cannot judge images "
+                        f"of class {max(self.targets)}"
+                    )
+        competitor = recipe.competitor.load() if recipe.competitor else None
+        self.held_out = [
+            net.name for net in self.nets[len(self.members) :] if net is not competitor
+        ]
         space = {
             "first": first.preprocessing,
             "imagenet": image.Preprocessing(),
@@ -177,7 +190,7 @@ class Inversion:
             self.targets or [0] * recipe.images,
             size=recipe.size,
             space=space.gray() if recipe.gray else space,
-            competitor=recipe.competitor.load() if recipe.competitor else None,
+            competitor=competitor,
             compute_dtype=recipe.compute_dtype,
             execution=recipe.execution,
         )
@@ -185,8 +198,8 @@ class Inversion:
     def _distinct_nets(self) -> list[Net]:
         """The inverted networks and the judges; a judge that is inverted too counts once."""
         inverted = [member.net for member in self.members]
-        given = {network.label for network in self.recipe.networks}
-        nets = inverted + [j.load() for j in self.recipe.judges if j.label not in given]
+        judges = [judge.load() for judge in self.recipe.judges]
+        nets = [*inverted, *(judge for judge in judges if judge not in inverted)]
         names = [net.name for net in nets]
         if len(set(names)) < len(names):
             raise ValueError(f"two networks have one name; give them names: {', '.join(names)}")
@@ -212,10 +225,13 @@ class Inversion:
                 if parallel.is_main():
                     self.write_images(run.folder, self.pixels(images))
             raise
-        best = parallel.fetch(state.best_images)
-        if not parallel.is_main():
-            return {}
-        return self.write_results(run, self.pixels(best), float(parallel.fetch(state.best_loss)))
+        pixels = self.pixels(parallel.fetch(state.best_images))
+        loss = float(parallel.fetch(state.best_loss))
+        summary: dict[str, Any] = {}
+        parallel.on_main(
+            lambda: summary.update(self.write_results(run, pixels, loss)), session.SessionError
+        )
+        return summary
 
     def pixels(self, images: np.ndarray) -> np.ndarray:
         """Images as bytes: what is saved, and what judges see."""
@@ -256,11 +272,10 @@ class Inversion:
         predictions = self.predict(pixels)
         top1 = {name: metrics.top1(p, targets) for name, p in predictions.items() if targets}
         if targets:
-            run.scores.add(step=len(run.metrics.rows), **top1)
+            run.scores.add(step=run.metrics.rows[-1]["step"] + 1, **top1)
             run.scores.save()
         terms = [name for name in run.metrics.columns() if name not in ("step", "phase")]
         machine = hardware.describe()
-        held_out = [predictions[net.name] for net in self.nets[len(self.members) :]]
         devices = self.attack.placement.mesh.devices.flat
         summary = {
             "model": "+".join(member.net.name for member in self.members),
@@ -279,7 +294,7 @@ class Inversion:
             if targets
             else {},
             "mean_probability": {n: float(p.probability.mean()) for n, p in predictions.items()},
-            "agreement": metrics.agreement(held_out),
+            "agreement": metrics.agreement([predictions[name] for name in self.held_out]),
             "diversity": self._diversity(pixels, predictions),
             "files": files,
             "versions": {name: machine[name] for name in VERSIONS},
@@ -369,7 +384,9 @@ class Inversion:
             header += ["gives the target class", "probability of the target class"]
         rows = []
         for i, net in enumerate(self.nets):
-            name = f"{net.name} (inverted)" if i < len(self.members) else net.name
+            name = net.name
+            if net.name not in self.held_out:
+                name += " (inverted)" if i < len(self.members) else " (competitor)"
             rows.append([name, f"{summary['mean_probability'][net.name]:.2f}"])
             if self.labelled:
                 rows[-1] += [
@@ -417,7 +434,7 @@ def check(recipes: Sequence[Recipe]) -> None:
     for recipe in recipes:
         try:
             Inversion(recipe)
-        except (ValueError, OSError, ImportError) as error:
+        except (ValueError, OSError, ImportError, jax.errors.JaxRuntimeError) as error:
             message = str(error)
             break
     message = parallel.first_failure(message)

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.extend import core
 from jax.sharding import Mesh, PartitionSpec
 
 from jinv import parallel
@@ -63,16 +64,16 @@ class Execution:
       devices: how many devices take part; all that are of use by default.
       placement: "data", "networks" (see the module), or "auto": the one that keeps more devices
         busy, "data" if both keep as many.
-      networks_at_once: take gradients of so many networks at a time, one group after the other, so
-        that the memory of one group is enough; all at once by default.
-      images_at_once: take gradients of so many images at a time, at the price of one more forward
-        pass; all at once by default. See `microbatch`.
+      networks_at_once: take gradients of so many networks at a time, so that the memory of these is
+        enough; None for all. One after the other is also the fastest on CPU.
+      images_at_once: take gradients of so many images of the whole batch at a time, at the price of
+        one more forward pass; all at once by default. See `microbatch`.
       stack: compute networks of one architecture as one, vmapped over their weights.
     """
 
     devices: int | None = None
     placement: Literal["auto", "data", "networks"] = "auto"
-    networks_at_once: int | None = None
+    networks_at_once: int | None = 1
     images_at_once: int | None = None
     stack: bool = False
 
@@ -114,36 +115,32 @@ def place(parts: Sequence[Part], images: int, execution: Execution) -> Placement
     """
     devices = parallel.devices(execution.devices)
     count, kind = len(devices), execution.placement
-    even = max(n for n in range(1, count + 1) if images % n == 0)
+    at_once = min(execution.images_at_once or images, images)
+    even = max(n for n in range(1, count + 1) if images % n == at_once % n == 0)
     by_network = min(count, len(parts)) if len(parts) > 1 else 0
     if kind == "auto":
         kind = "networks" if by_network > even else "data"
-        if execution.devices is not None and max(even, by_network) < count:
-            raise ValueError(_uneven(images, count, even, len(parts)))
+    used = by_network if kind == "networks" else even
+    if kind == "networks" and used < 2:
+        raise ValueError(
+            "placement 'networks' needs two networks and two devices at least; there are "
+            f"{len(parts)} and {count}"
+        )
+    if used < count and (execution.devices is not None or execution.placement == "data"):
+        raise ValueError(
+            f"{count} devices cannot share {images} images evenly"
+            + (f", {at_once} at once" if at_once < images else "")
+            + (f", nor {len(parts)} networks" if len(parts) > 1 else "")
+            + f": the most that can is --execution.devices {used}"
+        )
+    parallel.check_all_take_part(devices[:used])
     if kind == "networks":
-        if by_network < 2:
-            raise ValueError(
-                "placement 'networks' needs two networks and two devices at least; there are "
-                f"{len(parts)} and {count}"
-            )
         reason = f"{len(parts)} networks on {by_network} of {count} devices, every image on each"
         groups = _balanced([part.cost() for part in parts], by_network)
         return Placement(kind, parallel.mesh(NETWORKS, devices[:by_network]), groups, reason)
-    if execution.placement == "data" and even < count:
-        raise ValueError(_uneven(images, count, even, len(parts)))
     reason = f"{images} images shared by {even} of {count} devices, every network on each"
     everything = tuple(range(len(parts)))
     return Placement(kind, parallel.mesh(parallel.BATCH, devices[:even]), (everything,), reason)
-
-
-def _uneven(images: int, count: int, even: int, networks: int) -> str:
-    instead = f"{even} device{'s' if even > 1 else ''}"
-    if networks > 1:
-        instead += ", or placement 'networks'"
-    return (
-        f"a batch of {images} images cannot be shared evenly by {count} devices: use a multiple of "
-        f"{count} images, or {instead}"
-    )
 
 
 def _balanced(costs: Sequence[float], count: int) -> tuple[tuple[int, ...], ...]:
@@ -166,14 +163,14 @@ def build(
     Terms are called "label[resnet50]" if there are several networks, else "label".
     """
     groups = [
-        _Group([_Bundle(bundle, len(parts) > 1) for bundle in _bundles(chosen, execution.stack)])
+        _Group([_Bundle(bundle, len(parts) > 1) for bundle in _bundles(chosen, execution)])
         for chosen in ([parts[i] for i in group] for group in placement.groups)
     ]
     if placement.kind == "networks":
         return _on_devices(groups, placement, execution.networks_at_once)
     (group,) = groups
     data = parallel.put(placement.mesh, PartitionSpec(), group.variables())
-    if execution.networks_at_once is None or execution.networks_at_once >= len(group.bundles):
+    if execution.networks_at_once is None or execution.networks_at_once >= len(parts):
         return group.evaluate, data
 
     def evaluate(variables: Any, images: Array, targets: Array) -> tuple[Array, Terms]:
@@ -240,13 +237,11 @@ class _Group:
     def gradient(
         self, variables: Any, images: Array, targets: Array, at_once: int | None
     ) -> tuple[Terms, Array]:
-        """Terms, and the gradient of their weighted sum, `at_once` bundles at a time."""
+        """Terms, and the gradient of their weighted sum, `at_once` networks at a time."""
         values: Terms = {}
         gradient = jnp.zeros_like(images)
-        at_once = at_once or len(self.bundles)
-        for start in range(0, len(self.bundles), at_once):
-            some = _Group(self.bundles[start : start + at_once])
-            own = variables[start : start + at_once]
+        for turn in self._turns(at_once):
+            some, own = _Group([self.bundles[i] for i in turn]), [variables[i] for i in turn]
             (_, terms), more = jax.value_and_grad(some.evaluate, argnums=1, has_aux=True)(
                 own, images, targets
             )
@@ -254,25 +249,55 @@ class _Group:
             gradient = gradient + more
             # The next turn waits for this one, so that their activations never meet in memory.
             # Arithmetic, since XLA drops optimisation barriers on CPU.
-            images = images + 0 * gradient
-        return values, gradient
+            images = images + 0 * jnp.nan_to_num(gradient)
+        return {name: values[name] for name in self.weights}, gradient  # JAX sorts keys
+
+    def _turns(self, at_once: int | None) -> list[list[int]]:
+        """Indices of bundles, as many together as hold at most `at_once` networks."""
+        turns: list[list[int]] = []
+        count = 0
+        for i, bundle in enumerate(self.bundles):
+            count += len(bundle.parts)
+            if not turns or (at_once is not None and count > at_once):
+                turns.append([])
+                count = len(bundle.parts)
+            turns[-1].append(i)
+        return turns
 
 
-def _bundles(parts: Sequence[Part], stack: bool) -> list[list[Part]]:
+def _bundles(parts: Sequence[Part], execution: Execution) -> list[list[Part]]:
     """Parts of the same program and the same shapes of variables together, if asked for."""
-    if not stack:
+    if not execution.stack:
         return [[part] for part in parts]
-    found: dict[Any, list[Part]] = {}
+    same: dict[Any, list[Part]] = {}
     for part in parts:
-        found.setdefault(_program(part), []).append(part)
-    return list(found.values())
+        same.setdefault(_program(part), []).append(part)
+    size = execution.networks_at_once or len(parts)
+    return [list(some) for found in same.values() for some in _batched(found, size)]
 
 
-def _program(part: Part) -> tuple[str, ...]:
+def _batched(items: Sequence[Part], size: int) -> Iterator[Sequence[Part]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _program(part: Part) -> tuple[Any, ...]:
     """Equal for parts that differ in the values of their variables only."""
     jaxpr = jax.make_jaxpr(part.terms)(_shapes(part.variables), *part.example)
-    constants = tuple(np.asarray(c).tobytes().hex() for c in jaxpr.consts)
-    return (str(jaxpr), str(sorted(part.weights.items())), *constants)
+    return (str(jaxpr), tuple(sorted(part.weights.items())), *_constants(jaxpr))
+
+
+def _constants(program: core.ClosedJaxpr) -> Iterator[bytes]:
+    """Arrays inside a program, whose text leaves them out; those of inner programs too."""
+    yield from (np.asarray(constant).tobytes() for constant in program.consts)
+    for equation in program.jaxpr.eqns:
+        yield from (
+            np.asarray(v.val).tobytes() for v in equation.invars if isinstance(v, core.Literal)
+        )
+        inner = jax.tree.leaves(equation.params, is_leaf=lambda x: isinstance(x, core.ClosedJaxpr))
+        for value in inner:
+            if isinstance(value, core.ClosedJaxpr):
+                yield from _constants(value)
 
 
 def _shapes(tree: Any) -> Any:

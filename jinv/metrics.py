@@ -94,7 +94,8 @@ def pixel_distances(pixels: np.ndarray) -> np.ndarray:
 
 def feature_distances(features: np.ndarray) -> np.ndarray:
     """d_ij = 1 - cos(f_i, f_j) of features (B, D) -> (B, B)."""
-    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    length = np.linalg.norm(features, axis=1, keepdims=True)
+    unit = features / np.maximum(length, np.finfo(np.float32).tiny)
     return 1 - unit @ unit.T
 
 

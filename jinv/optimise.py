@@ -195,6 +195,7 @@ class Chunk:
       metrics: "loss" and every term -> (n,) values of the n steps.
       state: after those steps.
       stopped: early stopping has ended the phase.
+      finite: the loss was finite at every step up to the state.
     """
 
     phase: int
@@ -202,6 +203,7 @@ class Chunk:
     metrics: dict[str, np.ndarray]
     state: State
     stopped: bool
+    finite: bool = True
 
 
 @dataclasses.dataclass
@@ -336,12 +338,13 @@ def _run_phase(
         if blame is not None:
             finite, term = blame
             metrics = {name: series[:finite] for name, series in metrics.items()}
-            callback(Chunk(index, start, metrics, state, stopped=False))
+            callback(Chunk(index, start, metrics, state, stopped=False, finite=False))
             raise NonFiniteError(term, start + finite)
         done += count
         ended = bool(stopped.any())
+        stop = should_stop()  # asked first, so that the callback knows too
         callback(Chunk(index, start, metrics, state, ended))
-        if should_stop():
+        if stop:
             return state, False
         if ended:
             break

@@ -22,20 +22,16 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 BATCH = "batch"
 
-# How many processes each launcher says that it has started; JAX finds the rest out by itself.
-_LAUNCHERS = {
-    "SLURM": ("SLURM_STEP_NODELIST", "SLURM_NTASKS"),
-    "Open MPI": ("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE"),
-}
+_OPEN_MPI_4 = "OMPI_MCA_orte_hnp_uri"  # where process 0 is; version 5 does not say
 _MESSAGE_BYTES = 2000
 
 
 def launcher(environment: Mapping[str, str] = os.environ) -> str | None:
     """What started this process as one of several: SLURM, Open MPI, Kubernetes, or nothing."""
-    for name, (marker, count) in _LAUNCHERS.items():
-        if marker in environment and int(environment.get(count, 1)) > 1:
-            return name
-    # JAX finds out about the pods of a Kubernetes job; a pod that is no job runs alone.
+    if "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
+        return "SLURM"
+    if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+        return "Open MPI"
     if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
         return "Kubernetes"
     return None
@@ -48,25 +44,34 @@ def start(
 
     Args:
       coordinator: "HOST:PORT" of process 0. Without it the environment is asked: SLURM (`srun`),
-        Open MPI (`mpirun`), Kubernetes (an indexed job; needs `pip install 'jax[k8s]'`).
+        Open MPI (`mpirun`; from version 5 on it needs mpi4py), Kubernetes (an indexed job; needs
+        `pip install 'jax[k8s]'`).
       processes: how many there are.
       process_id: which one this is, from 0.
 
     Raises:
       ValueError: some of the three are given, but not all; or the others did not come.
     """
-    given = (coordinator, processes, process_id)
-    if all(value is None for value in given):
-        if launcher() is None:
+    found, method = None, None
+    if coordinator is None and processes is None and process_id is None:
+        found = launcher()
+        if found is None:
             return
-    elif any(value is None for value in given):
+        if found == "Open MPI" and _OPEN_MPI_4 not in os.environ:
+            method = "mpi4py"
+    elif coordinator is None or processes is None or process_id is None:
         raise ValueError("coordinator, processes and process_id go together: give all or none")
-    elif not 0 <= process_id < processes:  # type: ignore[operator]
-        raise ValueError(f"process_id must be 0 to {processes - 1}, not {process_id}")  # type: ignore[operator]
+    elif not 0 <= process_id < processes:
+        raise ValueError(f"process_id must be 0 to {processes - 1}, not {process_id}")
+    elif not coordinator.rpartition(":")[2].isdigit():
+        raise ValueError(f"coordinator must be HOST:PORT, not {coordinator!r}")
     try:
-        jax.distributed.initialize(coordinator, processes, process_id)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"cannot join the other processes: {error}") from None
+        jax.distributed.initialize(
+            coordinator, processes, process_id, cluster_detection_method=method
+        )
+    except Exception as error:  # each launcher's own kind
+        advice = f" (found {found}; flags say it without a launcher's help)" if found else ""
+        raise ValueError(f"cannot join the other processes: {error}{advice}") from None
 
 
 def is_main() -> bool:
@@ -96,14 +101,18 @@ def first_failure(message: str | None) -> str | None:
 
 
 def on_main(function: Callable[[], None], error: type[Exception]) -> None:
-    """Call it in the main process; what it raises of kind `error` is raised in every process."""
-    message = None
+    """Call it in the main process; if it fails, the others raise `error` instead of waiting."""
+    if jax.process_count() == 1:
+        return function()
+    failure: Exception | None = None
     if is_main():
         try:
             function()
-        except error as caught:
-            message = str(caught)
-    message = first_failure(message)
+        except Exception as caught:
+            failure = caught
+    message = first_failure(None if failure is None else str(failure) or repr(failure))
+    if failure is not None:
+        raise failure
     if message is not None:
         raise error(message.removeprefix("process 0: "))
 
@@ -118,6 +127,16 @@ def devices(count: int | None = None) -> list[jax.Device]:
     if not 1 <= count <= len(available):
         raise ValueError(f"{count} devices asked for; there are {len(available)} here")
     return available[:count]
+
+
+def check_all_take_part(devices: Sequence[jax.Device]) -> None:
+    """Raise ValueError if a process would have none of these devices."""
+    busy = {device.process_index for device in devices}
+    if len(busy) < jax.process_count():
+        raise ValueError(
+            f"only {len(devices)} devices can share this work, which leaves processes with none: "
+            f"{jax.process_count()} processes are too many for it"
+        )
 
 
 def mesh(axis: str, devices: Sequence[jax.Device]) -> Mesh:

@@ -36,6 +36,13 @@ from jinv import optimise, parallel
 from jinv.files import write_atomic
 from jinv.progress import Progress
 
+FOLDERS = ("checkpoints", "progress", "images")
+FILES = (
+    *("summary.json", "metrics.csv", "scores.csv", "grid.png", "curves.svg", "report.html"),
+    "config.yaml",
+)
+"""What a run writes into its folder."""
+
 
 class SessionError(RuntimeError):
     """The folder cannot be used as asked; the message says what to do."""
@@ -132,6 +139,7 @@ class Session:
     Attributes:
       metrics, scores: the logs.
       finished: whether the folder holds this run with its summary.
+      interrupted: number of the signal that asked the run to stop, 0 if none did.
       clock: where the time went, over all sessions of the run.
       state: after the last chunk, also when `run` raised; None before.
 
@@ -165,6 +173,8 @@ class Session:
         self._saved: int | None = None
         self._ended = False
         self._began = time.perf_counter()
+        self._resume = resume
+        self.interrupted = 0
         if resume and overwrite:
             raise SessionError("--resume and --overwrite exclude each other")
         parallel.on_main(lambda: self._claim(config, resume, overwrite), SessionError)
@@ -176,7 +186,7 @@ class Session:
 
     @property
     def seconds(self) -> float:
-        """Time since the run began, without the time between its sessions."""
+        """Time since `run` began, without the time between its sessions."""
         return time.perf_counter() - self._began
 
     def read_summary(self) -> dict[str, Any]:
@@ -186,8 +196,14 @@ class Session:
     def _claim(self, config: Mapping[str, Any], resume: bool, overwrite: bool) -> None:
         if self.folder.exists() and not self.folder.is_dir():
             raise SessionError(f"{self.folder} is a file, not a folder")
-        if overwrite:
+        known = (self.folder / "config.yaml").exists() or self._summary.exists()
+        if overwrite and known:
             self._clear()
+        elif self._checkpoints.exists() and not known:
+            raise SessionError(
+                f"{self._checkpoints} is not of a run that is known here: remove it, or choose "
+                "another folder"
+            )
         elif self._summary.exists() and not resume:
             raise SessionError(
                 f"{self.folder} holds a finished run: choose another folder, or --overwrite it"
@@ -207,11 +223,13 @@ class Session:
 
     def _clear(self) -> None:
         """Remove what a run writes, and nothing else."""
-        # The summary goes first: a clearing that is cut leaves an unfinished run.
-        for name in ("summary.json", "config.yaml", "metrics.csv", "scores.csv"):
+        # The summary first and the config last: a clearing that is cut leaves an unfinished run.
+        self._summary.unlink(missing_ok=True)
+        for name in FOLDERS:
+            if (self.folder / name).exists():
+                shutil.rmtree(self.folder / name)
+        for name in FILES:
             (self.folder / name).unlink(missing_ok=True)
-        for name in ("checkpoints", "progress", "images"):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def _check_same(self, config: Mapping[str, Any]) -> None:
         before = configs.read_yaml(self.folder / "config.yaml")
@@ -252,6 +270,7 @@ class Session:
         """
         total = sum(phase.steps for phase in phases)
         every = self.options
+        self._began = time.perf_counter()
         with self._manager() as manager, _Signals() as stopping, Progress(phases) as progress:
             resume = self._restore(manager, phases, images)
 
@@ -269,14 +288,21 @@ class Session:
                 judge = _crossed(chunk.start, done, every.scores_every) and done < total
                 if show or judge:
                     images = parallel.fetch(chunk.state.images)
-                if show and pictures and parallel.is_main():
-                    grid = self.folder / "progress" / f"step_{done:06d}.png"
-                    grid.parent.mkdir(exist_ok=True)
-                    write_atomic(grid, pictures(images))
-                if judge and score and parallel.is_main():
-                    found = score(images)
-                    self.scores.add(step=done, **found)
-                    progress.say(done, found)
+
+                def look() -> None:
+                    if show and pictures:
+                        grid = self.folder / "progress" / f"step_{done:06d}.png"
+                        grid.parent.mkdir(exist_ok=True)
+                        write_atomic(grid, pictures(images))
+                    if judge and score:
+                        found = score(images)
+                        self.scores.add(step=done, **found)
+                        progress.say(done, found)
+
+                if show or judge:
+                    parallel.on_main(look, SessionError)
+                if not chunk.finite:
+                    return  # a checkpoint of it would replace the last good one
                 if stopping() or _crossed(chunk.start, done, every.checkpoint_every):
                     self._save(manager, chunk)
 
@@ -295,11 +321,14 @@ class Session:
                 )
             finally:
                 self._save_logs()
-            if stopping() and not self._ended:
+            if stopping():
+                # It may have come to another process.
+                self.interrupted = stopping.number or signal.SIGTERM
+            if self.interrupted and not self._ended:
                 raise Interrupted(
-                    f"{self.folder}: stopped at step {int(state.step)} of {total}; "
+                    f"{self.folder}: stopped at step {int(parallel.fetch(state.step))} of {total}; "
                     "go on with --resume",
-                    stopping.number or signal.SIGTERM,  # it may have come to another process
+                    self.interrupted,
                 )
             return state
 
@@ -342,15 +371,17 @@ class Session:
         self._saved = step
 
     def _save_logs(self) -> None:
-        if parallel.is_main():
+        def save() -> None:
             self.metrics.save()
             if self.scores.rows:
                 self.scores.save()
 
+        parallel.on_main(save, SessionError)
+
     def _restore(
         self, manager: ocp.CheckpointManager, phases: tuple[optimise.Phase, ...], images: Array
     ) -> tuple[int, optimise.State] | None:
-        step = manager.latest_step()
+        step = manager.latest_step() if self._resume else None
         if step is None:
             return None
         meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]

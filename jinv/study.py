@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 
 from jinv import config as configs
-from jinv import parallel, report
+from jinv import parallel, report, session
 from jinv.inversion import Inversion, Recipe, recipe_from
-from jinv.session import Session
 
 Value = Callable[[Mapping[str, Any]], float | None]
 
@@ -42,64 +41,84 @@ def runs(recipe: Recipe, variants: Mapping[str, Mapping[str, Any]]) -> list[Run]
     """
     found = []
     for name, changes in variants.items() or [("", {})]:
+        base = configs.plain(recipe)
+        if "preset" in (changes.get("attack") or {}):
+            base.pop("attack")  # the preset takes the place of all its keys
         try:
-            changed = recipe_from(_merged(configs.plain(recipe), changes))
+            changed = recipe_from(_merged(base, changes))
         except ValueError as error:
             raise configs.ConfigError(f"variant {name!r}: {error}") from None
         slug = re.sub(r"[^A-Za-z0-9_.+-]+", "-", name).strip("-.")
+        if (name and not slug) or slug in session.FOLDERS:
+            raise configs.ConfigError(f"variant {name!r} cannot name a folder: use other letters")
         for trial in range(changed.trials):
             folder = "/".join(filter(None, (slug, f"trial_{trial}" if changed.trials > 1 else "")))
             seeded = dataclasses.replace(changed, seed=changed.seed + trial, trials=1)
             found.append(Run(name, folder, seeded))
     folders = [run.folder for run in found]
-    if len(set(folders)) < len(folders) or ("" in folders and len(folders) > 1):
-        raise configs.ConfigError(f"variants need different names, in letters: {list(variants)}")
+    if len(set(folders)) < len(folders):
+        raise configs.ConfigError(f"variants need different names: {list(variants)}")
     return found
+
+
+_LEAVES = ("optimizer_args",)  # of one optimiser; another takes others
 
 
 def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in changes.items():
         old = merged.get(key)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping) and key not in _LEAVES
         merged[key] = _merged(old, value) if both else value  # type: ignore[arg-type]
     return merged
 
 
-def execute(chosen: Sequence[Run], whole: Session, *, resume: bool, overwrite: bool) -> None:
+def execute(
+    chosen: Sequence[Run], whole: session.Session, *, resume: bool, overwrite: bool
+) -> None:
     """Run what is not finished, then write the study's page and summary.
 
     Raises:
       Interrupted, NonFiniteError: of the run that was going; finished ones are kept.
     """
-    summaries: list[dict[str, Any]] = []
-    for run in chosen:
-        session = Session(
+    # All at once, so that overwriting leaves no old run for a later --resume to take for new.
+    sessions = [
+        session.Session(
             whole.folder / run.folder,
             configs.plain(run.recipe),
             run.recipe.run,
             resume=resume,
             overwrite=overwrite,
         )
+        for run in chosen
+    ]
+    for run, own in zip(chosen, sessions, strict=True):
         if parallel.is_main():
-            print(f"{run.folder}{': finished already' if session.finished else ''}", flush=True)
-        if not session.finished:
-            Inversion(run.recipe).run(session)
-        if parallel.is_main():
-            summaries.append(session.read_summary())
-    if parallel.is_main():
-        _write(chosen, summaries, whole)
+            print(f"{run.folder}{': finished already' if own.finished else ''}", flush=True)
+        if not own.finished:
+            Inversion(run.recipe).run(own)
+        if own.interrupted:
+            raise session.Interrupted(
+                f"{whole.folder}: stopped after {run.folder}; go on with --resume", own.interrupted
+            )
+    parallel.on_main(
+        lambda: _write(chosen, [own.read_summary() for own in sessions], whole),
+        session.SessionError,
+    )
 
 
-def _write(chosen: Sequence[Run], summaries: Sequence[dict[str, Any]], whole: Session) -> None:
+def _write(
+    chosen: Sequence[Run], summaries: Sequence[dict[str, Any]], whole: session.Session
+) -> None:
     variants = list(dict.fromkeys(run.variant for run in chosen))
     by_variant = {
         name: [s for run, s in zip(chosen, summaries, strict=True) if run.variant == name]
         for name in variants
     }
     networks = list(dict.fromkeys(name for s in summaries for name in s["mean_probability"]))
-    inverted = {name: set(found[0]["model"].split("+")) for name, found in by_variant.items()}
-    held_out = [n for n in networks if not any(n in members for members in inverted.values())]
+    inverted = {run.variant: {n.label for n in run.recipe.networks} for run in chosen}
+    rivals = {run.recipe.competitor.label for run in chosen if run.recipe.competitor}
+    held_out = [n for n in networks if n not in rivals.union(*inverted.values())]
 
     def table(kind: str, rows: Mapping[str, Value]) -> report.Table:
         lines = []

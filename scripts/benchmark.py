@@ -19,6 +19,8 @@ float64, to 1e-6). A GPU adds ResNet-50 on 84 images of 224 px in bfloat16.
 
     single_steps       the sum of our steps for each network alone
     not_stacked        copies of one architecture one after the other; ours vmaps them
+    networks_at_once=None, images_at_once=2   more memory and less; these rows have ours_mib and
+                       peer_mib, what XLA plans for a step beside its arguments
     one_device, data_parallel   the other placements; ours has a network on each device. Only where
                        there are several, such as JAX_NUM_CPU_DEVICES=2
 
@@ -35,6 +37,7 @@ are repeated (up to three times as many), and the quietest count. The JSON file 
       n                   rounds
       others              cores that other processes kept busy, median over rounds
       loss_difference, gradient_difference   relative, between the sides, before timing
+                          (`ensemble`: the loss only, in float32, and of pytorch_frozen)
 
 and the rows are printed as a table. torch and torchvision are needed:
 `pip install torch torchvision`.

@@ -117,7 +117,7 @@ def invert(recipe: Recipe, variants: dict[str, Any], args: argparse.Namespace) -
         study.execute(chosen, run, **how)
         say(f"{args.out / 'report.html'} written")
         return
-    summary = Inversion(recipe).run(run)
+    summary = Inversion(chosen[0].recipe).run(run)
     for name, share in summary.get("top1", {}).items():
         say(f"{name} gives {100 * share:.0f}% of the images their class")
     say(f"{args.out / 'report.html'} written after {run.seconds:.0f} s")
@@ -138,6 +138,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except session.Interrupted as stop:
         print(stop, file=sys.stderr)
         return 128 + stop.signal
+    except KeyboardInterrupt:
+        print("stopped; go on with --resume", file=sys.stderr)
+        return 130
     except optimise.NonFiniteError as error:
         print(f"error: {error}", file=sys.stderr)
         return 3

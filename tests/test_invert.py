@@ -164,6 +164,18 @@ def test_overrides_reach_the_run(tmp_path: Path, recipe: Path) -> None:
         ({"attack": {"phases": [{"steps": 1, "downscale": 3}]}}, "downscaled by 3"),
         ({"attack": {"adaptive": 0.2}}, "competitor"),
         ({"execution": {"devices": 99}}, "99 devices"),
+        (
+            {
+                "judges": [
+                    {"model": "resnet20_cifar", "weights": "random", "classes": 4, "name": "j"}
+                ]
+            },
+            "j knows classes 0 to 3",
+        ),
+        (
+            {"judges": [{"model": "resnet20_cifar", "weights": "random", "classes": 12}]},
+            "two networks have one name",
+        ),
     ],
 )
 def test_mistakes_are_named_before_anything_is_written(
@@ -270,3 +282,20 @@ def test_every_config_reads_and_says_what_it_reproduces(path: Path) -> None:
     header = path.read_text().split("networks:")[0]
     for word in ("Paper:", "Command:", "Hardware:", "Expected:"):
         assert word in header
+    assert "MINUTES" not in header
+    assert "EXPECTED" not in header
+
+
+def test_only_a_runs_own_files_are_replaced(
+    tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--overwrite of a folder that never held a run removes nothing."""
+    out = tmp_path / "project"
+    (out / "images").mkdir(parents=True)
+    (out / "images" / "holiday.png").write_bytes(b"mine")
+    assert run("--config", recipe, "--out", out, "--overwrite") == 0
+    assert (out / "images" / "holiday.png").read_bytes() == b"mine"
+    other = tmp_path / "other"
+    (other / "checkpoints").mkdir(parents=True)
+    assert run("--config", recipe, "--out", other, "--overwrite") == 2
+    assert "checkpoints is not of a run that is known here" in capsys.readouterr().err

@@ -109,3 +109,32 @@ def test_top1_is_the_share_of_hits() -> None:
     assert metrics.top1(prediction, [0, 0, 0, 0]) == 0
     with pytest.raises(ValueError, match="1 targets for 4 images"):
         metrics.top1(prediction, [4])
+
+
+def test_confidence_is_the_mean_probability_of_the_target() -> None:
+    prediction = Prediction(np.asarray([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3]]))
+    assert metrics.confidence(prediction, [0, 2]) == pytest.approx((0.7 + 0.3) / 2)
+    assert metrics.confidence(prediction, [1, 1]) == pytest.approx((0.2 + 0.6) / 2)
+
+
+def test_agreement_is_over_pairs_of_networks() -> None:
+    says = [Prediction(np.eye(4)[index]) for index in ([0, 1, 2, 3], [0, 1, 3, 3], [0, 0, 3, 1])]
+    assert metrics.agreement(says[:2]) == 3 / 4
+    assert metrics.agreement(says) == pytest.approx((3 + 1 + 2) / 12)
+    assert metrics.agreement(says[:1]) is None
+    assert metrics.agreement([]) is None
+
+
+def test_distances_and_diversity_by_hand() -> None:
+    pixels = np.zeros((3, 2, 2, 1))
+    pixels[1], pixels[2, 0] = 0.5, 1.0
+    expected = [[0, 0.5, 0.5**0.5], [0.5, 0, 0.5], [0.5**0.5, 0.5, 0]]
+    np.testing.assert_allclose(metrics.pixel_distances(pixels), expected)
+    features = np.asarray([[1.0, 0], [0, 2], [3, 3], [0, 0]])
+    found = metrics.feature_distances(features)
+    np.testing.assert_allclose(found[0], [0, 1, 1 - 0.5**0.5, 1], atol=1e-12)
+    assert np.isfinite(found).all()
+    distances = np.asarray([[0, 1, 2], [1, 0, 4], [2, 4, 0.0]])
+    assert metrics.diversity(distances, [5, 5, 5]) == pytest.approx(7 / 3)
+    assert metrics.diversity(distances, [5, 6, 5]) == 2
+    assert metrics.diversity(distances, [4, 5, 6]) is None

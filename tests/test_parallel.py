@@ -45,8 +45,8 @@ def test_launchers_are_recognised() -> None:
     slurm = {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2"}
     assert parallel.launcher(slurm) == "SLURM"
     assert parallel.launcher(slurm | {"SLURM_NTASKS": "1"}) is None
-    mpi = {"OMPI_MCA_orte_hnp_uri": "x", "OMPI_COMM_WORLD_SIZE": "4"}
-    assert parallel.launcher(mpi) == "Open MPI"
+    assert parallel.launcher({"OMPI_COMM_WORLD_SIZE": "4"}) == "Open MPI"
+    assert parallel.launcher({"OMPI_COMM_WORLD_SIZE": "1"}) is None
     pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
     assert parallel.launcher(pod) is None
     assert parallel.launcher(pod | {"JOB_COMPLETION_INDEX": "0"}) == "Kubernetes"
@@ -59,6 +59,7 @@ def test_launchers_are_recognised() -> None:
         (("h:1", None, None), "go together"),
         ((None, 2, 0), "go together"),
         (("h:1", 2, 2), "process_id must be 0 to 1, not 2"),
+        (("host", 2, 1), "coordinator must be HOST:PORT, not 'host'"),
     ],
 )
 def test_half_a_request_to_join_is_an_error(given: tuple, message: str) -> None:
@@ -196,23 +197,24 @@ def test_two_processes_find_the_images_of_one(tmp_path: Path, alone: Path, place
     assert results[1][1].count("step 10") == 0  # only one process speaks
 
 
-def test_one_process_is_told_to_stop_and_both_resume(tmp_path: Path, alone: Path) -> None:
+def test_one_process_is_told_to_stop_and_both_resume(tmp_path: Path) -> None:
     """The signal comes to the process that does not write."""
-    recipe, out = write(tmp_path, RECIPE), tmp_path / "out"
-    port = free_port()
+    long = RECIPE | {"attack": {"warmup": 2, "phases": [{"steps": 60, "jitter": 2}]}}
+    recipe, out, port = write(tmp_path, long), tmp_path / "out", free_port()
     both = [start(recipe, out, i, flags(i, port)) for i in range(2)]
     deadline = time.monotonic() + 200
     while not list((out / "checkpoints").glob("[0-9]*")) and time.monotonic() < deadline:
         time.sleep(0.02)
     both[1].send_signal(signal.SIGTERM)
     texts = [process.communicate(timeout=300)[0] for process in both]
-    codes = [process.returncode for process in both]
-    if codes != [0, 0]:  # the run was not over before the signal came
-        assert codes == [143, 143], texts
-        assert not (out / "summary.json").exists()
-        results = together(recipe, out, "--resume")
-        assert [code for code, _ in results] == [0, 0], results
-    assert_equal_runs(out, alone)
+    assert [process.returncode for process in both] == [143, 143], texts
+    assert not (out / "summary.json").exists()
+    stopped = len(metrics_of(out))
+    assert 4 <= stopped < 60
+    results = together(recipe, out, "--resume")
+    assert [code for code, _ in results] == [0, 0], results
+    steps = metrics_of(out)[:, 0]
+    np.testing.assert_array_equal(steps, np.arange(60))
 
 
 @pytest.mark.parametrize("how", [slurm, open_mpi])
@@ -239,6 +241,15 @@ def test_a_mistake_in_one_process_stops_both(tmp_path: Path) -> None:
     assert "cannot load lost" in texts[1]
     assert "Traceback" not in "".join(texts)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_fails_the_writer_stops_both(tmp_path: Path) -> None:
+    """The folder cannot be made: only process 0 tries."""
+    (tmp_path / "file").write_text("")
+    results = together(write(tmp_path, RECIPE), tmp_path / "file" / "out")
+    assert [code for code, _ in results] == [2, 2], results
+    assert all("cannot make the folder" in text for _, text in results)
+    assert "Traceback" not in "".join(text for _, text in results)
 
 
 def test_a_folder_in_use_is_refused_by_both(tmp_path: Path, alone: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,16 @@ def test_variants_change_what_they_name_and_nothing_else() -> None:
     assert other.recipe.attack.warmup == same.recipe.attack.warmup == 2
 
 
+def test_a_variant_may_name_a_preset_or_another_optimiser() -> None:
+    sgd = {"optimizer": "sgd", "optimizer_args": {"momentum": 0.9}}
+    changes = {"cifar": {"attack": {"preset": "cifar10", "lr": 0.3}}, "sgd": {"attack": sgd}}
+    preset, other = runs_of(RECIPE | {"variants": changes})
+    expected = dataclasses.replace(inversion.PRESETS["cifar10"], lr=0.3)
+    assert configs.plain(preset.recipe.attack) == configs.plain(expected)
+    assert other.recipe.attack.optimizer_args == {"momentum": 0.9}
+    assert other.recipe.attack.warmup == 2
+
+
 def test_trials_have_seeds_of_their_own() -> None:
     found = runs_of(RECIPE | {"trials": 3, "seed": 7, "variants": {"x": {}, "y": {"trials": 1}}})
     assert [r.folder for r in found] == ["x/trial_0", "x/trial_1", "x/trial_2", "y"]
@@ -92,7 +104,8 @@ def test_trials_have_seeds_of_their_own() -> None:
         ({"x": {"imagse": 4}}, "variant 'x': .*imagse"),
         ({"x": {"networks": []}}, "variant 'x': the config names no network"),
         ({"a b": {}, "a-b": {}}, "different names"),
-        ({"..": {}, "x": {}}, "different names"),
+        ({"..": {}, "x": {}}, "cannot name a folder"),
+        ({"checkpoints": {}}, "cannot name a folder"),
     ],
 )
 def test_variants_that_make_no_study_are_errors(variants: dict[str, Any], message: str) -> None:
@@ -158,6 +171,24 @@ def test_a_cut_study_goes_on_where_it_was(finished: Path, tmp_path: Path) -> Non
     assert run("--config", recipe, "--out", out, "--resume") == 0
     assert run("--config", recipe, "--out", out, "--resume", "--attack.lr", 0.1) == 2
     assert run("--config", recipe, "--out", out, "--overwrite", "--images", 2) == 0
+    assert all(found["images"] == 2 for found in summary(out)["runs"].values())
+
+
+def test_an_overwriting_that_is_cut_leaves_nothing_old(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, recipe = tmp_path / "out", write(tmp_path, RECIPE)
+    shutil.copytree(finished, out)
+
+    def cut(self: inversion.Inversion, own: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(inversion.Inversion, "run", cut)
+        assert run("--config", recipe, "--out", out, "--overwrite", "--images", 2) == 130
+    assert not list(out.rglob("summary.json"))
+    assert not list(out.rglob("grid.png"))
+    assert run("--config", recipe, "--out", out, "--resume", "--images", 2) == 0
     assert all(found["images"] == 2 for found in summary(out)["runs"].values())
 
 

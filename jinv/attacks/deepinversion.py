@@ -232,7 +232,7 @@ def build(
         example = (shapes[-1], classes)
         parts.append(joint.Part(member.net.name, terms, weights, variables, example))
         for shape in shapes:
-            _check_fits(parts[-1], shape)
+            jax.eval_shape(terms, variables, shape, classes)  # do the networks take it?
     placement = joint.place(parts, len(targets), execution)
     evaluate, networks = joint.build(parts, placement, execution)
 
@@ -277,16 +277,20 @@ def _terms(
     execution: joint.Execution,
 ) -> tuple[Callable[[Any, Array, Array], dict[str, Array]], dict[str, float]]:
     """One network's terms, R_adi among them if it has a competitor, and their weights."""
-    at_once = execution.images_at_once
+    at_once = execution.images_at_once or 0
 
     def outputs(net: Net, variables: Any, images: Array) -> Outputs:
         scale = net.preprocessing.size / reference
         height, width = (round(n * scale) for n in images.shape[1:3])
         images = image.resize(images, (height, width))
         inputs = image.convert(images, space, net.preprocessing).astype(dtype)
-        if at_once is not None and at_once < len(images):
-            return microbatch.in_turns(net.apply, at_once)(variables, inputs)
-        return net.apply(variables, inputs)
+        few = 0 < at_once < len(images)
+        try:
+            apply = microbatch.in_turns(net.apply, at_once) if few else net.apply
+            return apply(variables, inputs)
+        except (ValueError, TypeError, ZeroDivisionError) as error:
+            message = f"{net.name} cannot take {height} x {width} px images: {error}"
+            raise ValueError(message) from None
 
     def terms(variables: tuple[Any, Any], images: Array, targets: Array) -> dict[str, Array]:
         own, rival = variables
@@ -307,15 +311,6 @@ def _terms(
             "weigh 0, or it has no BatchNorm layers"
         )
     return terms, weights
-
-
-def _check_fits(part: joint.Part, images: jax.ShapeDtypeStruct) -> None:
-    """Trace a network on images of this shape, which computes nothing."""
-    try:
-        jax.eval_shape(part.terms, part.variables, images, part.example[1])
-    except (ValueError, TypeError, ZeroDivisionError) as error:
-        _, height, width, _ = images.shape
-        raise ValueError(f"{part.name} cannot take {height} x {width} images: {error}") from None
 
 
 def _enter(

@@ -29,9 +29,10 @@ CONFIG = Config(
     l2=0.0,
     init_std=0.01,
 )
-"""The published settings; the images' space is ImageNet-normalised."""
+"""The published settings of images normalised for ImageNet (`space: imagenet` in a recipe)."""
 
 WEIGHTS = Weights(label=0.8, batch_norm=0.05, first_bn_multiplier=1.0)
+"""The published ce and bn of every network (its `terms` in a recipe)."""
 
 
 def members(nets: Sequence[Net], weights: Weights = WEIGHTS) -> list[Member]:

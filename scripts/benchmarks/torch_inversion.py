@@ -181,7 +181,10 @@ class TorchInversion:
         self.images = nchw.to(memory_format=layout).requires_grad_()
         self.targets = torch.tensor(targets, device=self.device)
         self.low, self.high = map(self._by_channel, bounds)
-        self.views = [tuple(map(self._by_channel, view)) for view in views]
+        self.views = [
+            None if np.all(view[0] == 1) and np.all(view[1] == 0) else self._pair(view)
+            for view in views
+        ]
         self.best, self.best_loss = self.images.detach().clone(), float("inf")
         self.optimiser = torch.optim.Adam([self.images], lr=LR, betas=BETAS)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimiser, steps)
@@ -203,12 +206,14 @@ class TorchInversion:
     def _by_channel(self, values: np.ndarray) -> Tensor:
         return torch.tensor(values, dtype=self.images.dtype, device=self.device)[:, None, None]
 
-    def _of_one(self, net: nn.Module, view: tuple[Tensor, ...], x: Tensor) -> Tensor:
+    def _pair(self, view: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor]:
+        return self._by_channel(view[0]), self._by_channel(view[1])
+
+    def _of_one(self, net: nn.Module, view: tuple[Tensor, Tensor] | None, x: Tensor) -> Tensor:
         """One network's label loss and BatchNorm prior."""
-        gain, shift = view
         self.terms.clear()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
-            logits = net(x if bool((gain == 1).all()) else x * gain + shift)
+            logits = net(x if view is None else x * view[0] + view[1])
         first, *others = self.terms
         self.terms.clear()
         batch_norm = FIRST_BATCH_NORM * first + torch.stack(others).sum()
