@@ -210,6 +210,7 @@ class Inversion:
 
         A loss that is not finite leaves the best images before it in the folder.
         """
+        parallel.say(self.attack.placement.reason)
         try:
             state = run.run(
                 self.attack.phases,

@@ -79,6 +79,12 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
+def say(text: str) -> None:
+    """Print a line once, however many processes there are."""
+    if is_main():
+        print(text, flush=True)
+
+
 def any_process(flag: bool) -> bool:
     """Whether any process says so; all must ask at the same point of the program."""
     if jax.process_count() == 1:

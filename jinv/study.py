@@ -93,8 +93,7 @@ def execute(
         for run in chosen
     ]
     for run, own in zip(chosen, sessions, strict=True):
-        if parallel.is_main():
-            print(f"{run.folder}{': finished already' if own.finished else ''}", flush=True)
+        parallel.say(f"{run.folder}{': finished already' if own.finished else ''}")
         if not own.finished:
             Inversion(run.recipe).run(own)
         if own.interrupted:

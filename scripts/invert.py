@@ -111,22 +111,16 @@ def invert(recipe: Recipe, variants: dict[str, Any], args: argparse.Namespace) -
     how = {"resume": args.resume, "overwrite": args.overwrite}
     run = session.Session(args.out, tree, recipe.run, **how)
     if run.finished:
-        say(f"{args.out} holds this run, finished: nothing to do")
+        parallel.say(f"{args.out} holds this run, finished: nothing to do")
         return
     if chosen[0].folder:
         study.execute(chosen, run, **how)
-        say(f"{args.out / 'report.html'} written")
+        parallel.say(f"{args.out / 'report.html'} written")
         return
     summary = Inversion(chosen[0].recipe).run(run)
     for name, share in summary.get("top1", {}).items():
-        say(f"{name} gives {100 * share:.0f}% of the images their class")
-    say(f"{args.out / 'report.html'} written after {run.seconds:.0f} s")
-
-
-def say(text: str) -> None:
-    """Print once, however many processes there are."""
-    if parallel.is_main():
-        print(text)
+        parallel.say(f"{name} gives {100 * share:.0f}% of the images their class")
+    parallel.say(f"{args.out / 'report.html'} written after {run.seconds:.0f} s")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
