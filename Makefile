@@ -21,6 +21,7 @@ test-all: lint  ## Also the tests that take minutes (nightly).
 bench: $(INSTALLED_DEV)  ## Time our steps against PyTorch's.
 	mkdir -p out
 	$(BIN)/python scripts/benchmark.py inversion --out out/benchmark_inversion.json
+	$(BIN)/python scripts/benchmark.py ensemble --out out/benchmark_ensemble.json
 
 lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check .
