@@ -284,7 +284,11 @@ def run(
 
 def enter(phase: Phase, images: Array, step: int) -> State:
     """State at the start of a phase, spread over the devices that `images` are spread over."""
-    return jax.jit(phase.enter, out_shardings=_shardings(phase, images))(images, step)
+    shardings = _shardings(phase, images)
+    if images.is_fully_addressable:
+        return jax.device_put(phase.enter(images, step), shardings)
+    # Arrays that other hosts hold parts of are made by one program of all.
+    return jax.jit(phase.enter, out_shardings=shardings)(images, step)
 
 
 def abstract_state(phase: Phase, images: Array) -> State:
@@ -342,9 +346,8 @@ def _run_phase(
             raise NonFiniteError(term, start + finite)
         done += count
         ended = bool(stopped.any())
-        stop = should_stop()  # asked first, so that the callback knows too
         callback(Chunk(index, start, metrics, state, ended))
-        if stop:
+        if should_stop():
             return state, False
         if ended:
             break

@@ -274,7 +274,10 @@ class Session:
         with self._manager() as manager, _Signals() as stopping, Progress(phases) as progress:
             resume = self._restore(manager, phases, images)
 
+            latest: list[optimise.Chunk] = []
+
             def callback(chunk: optimise.Chunk) -> None:
+                latest[:] = [chunk]
                 count = len(chunk.metrics["loss"])
                 done = chunk.start + count
                 self.state = chunk.state
@@ -325,6 +328,7 @@ class Session:
                 # It may have come to another process.
                 self.interrupted = stopping.number or signal.SIGTERM
             if self.interrupted and not self._ended:
+                self._save(manager, latest[0])  # the signal may have come after the callback
                 raise Interrupted(
                     f"{self.folder}: stopped at step {int(parallel.fetch(state.step))} of {total}; "
                     "go on with --resume",

@@ -19,7 +19,7 @@ from PIL import Image
 
 from conftest import CACHE, ROOT
 from jinv import config as configs
-from jinv import inversion, study
+from jinv import inversion, session, study
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -299,3 +299,22 @@ def test_only_a_runs_own_files_are_replaced(
     (other / "checkpoints").mkdir(parents=True)
     assert run("--config", recipe, "--out", other, "--overwrite") == 2
     assert "checkpoints is not of a run that is known here" in capsys.readouterr().err
+
+
+def test_a_signal_right_after_a_chunk_loses_nothing(
+    tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The callback has not heard of it yet, the loop has."""
+    out, asked = tmp_path / "out", []
+
+    def heard(self: session._Signals) -> bool:
+        asked.append(True)
+        return len(asked) >= 2
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session._Signals, "__call__", heard)
+        args = ("--run.loop", "scan", "--run.checkpoint-every", 1000)
+        assert run("--config", recipe, "--out", out, *args) == 143
+    assert (out / "checkpoints" / "2").is_dir()
+    assert run("--config", recipe, "--out", out, "--resume") == 0
+    assert len((out / "metrics.csv").read_text().splitlines()) == 1 + 13
