@@ -47,18 +47,21 @@ class Outputs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity: `jax.jit(net)` works
 class Net:
-    """A trained network in inference mode, as attacks see it.
+    """A trained network, as attacks see it.
 
     Attributes:
       name: for logs, reports and error messages.
-      apply: pure `(variables, images) -> Outputs`; images (B, H, W, C) normalised, computed in
-        the images' dtype, with moments and logits in float32 at least. BatchNorm layers
-        normalise with their running statistics; the batch's moments are only measured.
+      apply: pure `(variables, images) -> Outputs` in inference mode; images (B, H, W, C)
+        normalised, computed in the images' dtype, with moments and logits in float32 at least.
+        BatchNorm layers normalise with their running statistics; the batch's moments are only
+        measured.
       variables: nested dict of arrays.
       preprocessing: what makes an image normalised, and the usual size.
       classes: number of logits.
       statistics: paths in `variables` of (running mean, running variance) of every BatchNorm
         layer, in forward order; the order of `Outputs.moments`.
+      train_apply: as `apply`, but BatchNorm layers normalise with the batch's own moments, as in
+        training; dropout stays off. None if that is not known.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Net:
     preprocessing: Preprocessing
     classes: int
     statistics: tuple[tuple[Path, Path], ...]
+    train_apply: Callable[[Variables, Array], Outputs] | None = None
 
     def running_moments(self, variables: Variables | None = None) -> tuple[Moments, ...]:
         """Running mean and variance of every BatchNorm layer, in forward order."""
@@ -100,14 +104,22 @@ class Net:
         model.eval()
         # Random keys (dropout's) play no part in inference: no variables that attacks could see.
         graphdef, rngs, state = nnx.split(model, nnx.RngState, ...)  # type: ignore[misc]
+        model.set_attributes(use_running_average=False, raise_if_not_found=False)
+        train_graphdef = nnx.graphdef(model)
 
-        def forward(variables: Variables, images: Array, record: _Record) -> Array:
+        def forward(graphdef: Any, variables: Variables, images: Array, record: _Record) -> Array:
             fresh = nnx.merge(graphdef, rngs, variables)
             for path, module in list(nnx.iter_modules(fresh)):
                 _watch_nnx(module, path, record)
             return fresh(images, **call)
 
-        return _build(name or type(model).__name__, forward, nnx.to_pure_dict(state), preprocessing)
+        return _build(
+            name or type(model).__name__,
+            functools.partial(forward, graphdef),
+            functools.partial(forward, train_graphdef),
+            nnx.to_pure_dict(state),
+            preprocessing,
+        )
 
     @staticmethod
     def from_linen(
@@ -116,15 +128,20 @@ class Net:
         preprocessing: Preprocessing,
         *,
         name: str | None = None,
+        training: Mapping[str, Any] | None = None,
         **call: Any,
     ) -> Net:
         """A Flax Linen network as a `Net`.
 
         `module.apply(variables, images, **call)` must return logits (B, classes) in inference
-        mode: pass what your module needs for that, such as `train=False`.
+        mode: pass what your module needs for that, such as `train=False`. `training` holds the
+        arguments that differ where BatchNorm layers use the batch's moments, such as
+        `{"train": True}`; only attacks on gradients of networks in training mode need it.
         """
 
-        def forward(variables: Variables, images: Array, record: _Record) -> Array:
+        def forward(
+            call: Mapping[str, Any], variables: Variables, images: Array, record: _Record
+        ) -> Array:
             def watch(method: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
                 target = context.module
                 if context.method_name == "__call__":
@@ -137,10 +154,17 @@ class Net:
                 return method(*args, **kwargs)
 
             with linen.intercept_methods(watch):
-                logits: Any = module.apply(variables, images, **call)
-                return logits
+                # New running statistics are of no interest.
+                found: Any = module.apply(variables, images, mutable=["batch_stats"], **call)
+                return found[0]
 
-        return _build(name or type(module).__name__, forward, variables, preprocessing)
+        return _build(
+            name or type(module).__name__,
+            functools.partial(forward, call),
+            None if training is None else functools.partial(forward, {**call, **training}),
+            variables,
+            preprocessing,
+        )
 
 
 class _Record:
@@ -229,13 +253,17 @@ def _inputs(module: Any, args: tuple, kwargs: Mapping[str, Any]) -> Array:
     return inspect.signature(type(module).__call__).bind(module, *args, **kwargs).args[1]
 
 
+Forward = Callable[[Variables, Array, _Record], Array]
+
+
 def _build(
     name: str,
-    forward: Callable[[Variables, Array, _Record], Array],
+    forward: Forward,
+    train_forward: Forward | None,
     variables: Variables,
     preprocessing: Preprocessing,
 ) -> Net:
-    def apply(variables: Variables, images: Array) -> Outputs:
+    def recorded(forward: Forward, variables: Variables, images: Array) -> Outputs:
         record = _Record()
         logits = forward(variables, images, record)
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
@@ -259,7 +287,15 @@ def _build(
         )
     for mean, _ in statistics:
         _get(variables, mean)
-    return Net(name, apply, variables, preprocessing, logits.shape[1], tuple(statistics))
+    return Net(
+        name,
+        functools.partial(recorded, forward),
+        variables,
+        preprocessing,
+        logits.shape[1],
+        tuple(statistics),
+        None if train_forward is None else functools.partial(recorded, train_forward),
+    )
 
 
 def _get(tree: Variables, path: Path) -> Any:

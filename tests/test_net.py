@@ -624,3 +624,50 @@ def test_network_that_returns_no_logits_is_refused(wrong: str) -> None:
         Net.from_nnx(Odd(), SPACE)
     with pytest.raises(ValueError, match=f"net {message}"):
         Net.from_linen(OddLinen(), {}, SPACE, name="net")
+
+
+# --- training mode -------------------------------------------------------------------------------
+
+
+class NoDropout(linen.Module):
+    """Linen's convolution, BatchNorm, linear layer."""
+
+    @linen.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        x = linen.BatchNorm(use_running_average=not train, name="norm")(linen.Conv(4, (3, 3))(x))
+        return linen.Dense(3)(linen.relu(x).mean((1, 2)))
+
+
+def test_training_mode_normalises_with_the_batchs_own_moments() -> None:
+    """Of every layer, dropout off, and without a change of the network's variables."""
+    model, images = own_model(), batch()
+    net = from_nnx(model)
+    assert net.train_apply is not None
+    before = jax.tree.map(np.asarray, net.variables)
+
+    def normalised(norm: nnx.BatchNorm, x: Array) -> Array:
+        mean, var = numpy_moments(x)
+        x = (x - mean) / np.sqrt(var + 1e-5)
+        return jnp.maximum(x * norm.scale[...] + norm.bias[...], 0)
+
+    first = model.z_conv(images)
+    second = normalised(model.y_norm, first)
+    third = model.d_conv(normalised(model.m_norm, second))
+    pooled = normalised(model.m_norm, third).mean((1, 2))
+    expected = model.a_head(jnp.tanh(model.c_hidden(pooled)))
+    found = net.train_apply(net.variables, images)
+    np.testing.assert_allclose(found.logits, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.moments[2].var, numpy_moments(third)[1], rtol=1e-4)
+    jax.tree.map(np.testing.assert_array_equal, before, dict(net.variables))
+
+
+def test_linen_networks_train_if_told_how() -> None:
+    module, images = NoDropout(), batch()
+    variables = module.init(jax.random.key(0), images, train=False)
+    silent = Net.from_linen(module, variables, SPACE, train=False)
+    assert silent.train_apply is None
+    net = Net.from_linen(module, variables, SPACE, training={"train": True}, train=False)
+    assert net.train_apply is not None
+    expected, _ = module.apply(variables, images, train=True, mutable=["batch_stats"])
+    np.testing.assert_allclose(net.train_apply(variables, images).logits, expected, rtol=1e-5)
+    assert np.abs(np.asarray(net(images).logits) - expected).max() > 1e-2

@@ -11,6 +11,7 @@ from flax import nnx
 from jax import Array
 
 from jinv.models.convolution import Padding, convolve
+from jinv.net import batch_moments
 
 
 class Conv2d(nnx.Module):
@@ -53,9 +54,14 @@ class Conv2d(nnx.Module):
 
 
 class BatchNorm2d(nnx.Module):
-    """`torch.nn.BatchNorm2d` in inference mode: normalises with the running statistics."""
+    """`torch.nn.BatchNorm2d`: normalises with the running statistics, or with the batch's own.
+
+    Running statistics are never updated here: gradients and clients' updates are computed by
+    functions of variables.
+    """
 
     def __init__(self, features: int, *, eps: float = 1e-5) -> None:
+        self.use_running_average = True
         self.weight = nnx.Param(jnp.ones(features))
         self.bias = nnx.Param(jnp.zeros(features))
         self.running_mean = nnx.BatchStat(jnp.zeros(features))
@@ -66,10 +72,11 @@ class BatchNorm2d(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """(..., features) -> (..., features)."""
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        scale = self.weight[...] * jax.lax.rsqrt(
-            self.running_var[...].astype(wide.dtype) + self.eps
-        )
-        shift = self.bias[...] - self.running_mean[...] * scale
+        mean, var = self.running_mean[...], self.running_var[...].astype(wide.dtype)
+        if not self.use_running_average:
+            mean, var = batch_moments(wide)
+        scale = self.weight[...] * jax.lax.rsqrt(var + self.eps)
+        shift = self.bias[...] - mean * scale
         return (wide * scale + shift).astype(x.dtype)
 
 
