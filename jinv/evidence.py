@@ -1,0 +1,281 @@
+"""What a federated-learning attacker holds, and what only the victim and the scorer know.
+
+`Evidence` is one gradient or weight update with its circumstances; `Secret` the images and labels
+behind it. Attacks take `Evidence`, scores take both. `simulate` makes the two from a network and
+images; files carry evidence that was captured elsewhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+import weights_convert
+from jinv.files import write_atomic
+from jinv.net import Moments, Net, Variables
+
+Statistics = Literal["none", "running", "exact", "update"]
+Parameters = Mapping[Any, Any]
+"""A network's variables without BatchNorm statistics and counters: what training changes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Local:
+    """Several local SGD steps before the client answers (FedAvg).
+
+    Attributes:
+      lr: learning rate.
+      batches: indices of the images of every step, in order.
+    """
+
+    lr: float
+    batches: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or not self.batches or not all(self.batches):
+            raise ValueError("local training needs a positive lr and steps of at least one image")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """What an attacker holds.
+
+    Attributes:
+      values: tree like the network's `parameters`: the gradient of the mean cross-entropy, or with
+        `local` the weights after minus before.
+      images: K, how many images are behind it.
+      training: the victim's BatchNorm layers normalised with the batch's own moments.
+      statistics: what is known of the moments at BatchNorm layers: "none"; the network's "running"
+        ones, a weak prior; those of the victim's batch, "exact"; or solved from a client's new
+        running statistics, "update".
+      moments: of every BatchNorm layer in forward order, for "exact" and "update".
+      local: circumstances of a weight update, None for a gradient.
+    """
+
+    values: Parameters
+    images: int
+    training: bool = False
+    statistics: Statistics = "none"
+    moments: tuple[Moments, ...] | None = None
+    local: Local | None = None
+
+    def __post_init__(self) -> None:
+        if self.images < 1:
+            raise ValueError(f"evidence is of at least one image, not {self.images}")
+        if (self.moments is not None) != (self.statistics in ("exact", "update")):
+            raise ValueError(f"{self.statistics!r} statistics and moments do not go together")
+        if self.local is not None:
+            used = {i for batch in self.local.batches for i in batch}
+            if used != set(range(self.images)):
+                raise ValueError(f"local batches must use images 0 to {self.images - 1}, all")
+
+    def check(self, net: Net) -> None:
+        """Raise ValueError naming every layer that is missing, misshaped or not finite."""
+        weights_convert.to_flax(weights_convert.from_flax(self.values), parameters(net))
+        if self.moments is not None and len(self.moments) != len(net.statistics):
+            raise ValueError(
+                f"moments of {len(self.moments)} BatchNorm layers for {len(net.statistics)}"
+            )
+        if self.training and net.train_apply is None:
+            raise ValueError(
+                f"{net.name} has no training mode: give Net.from_linen its `training` arguments"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Secret:
+    """What the evidence was made of; no attack may see it.
+
+    Attributes:
+      images: (K, H, W, C), normalised.
+      labels: (K,) classes.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+def parameters(net: Net, variables: Variables | None = None) -> dict[Any, Any]:
+    """The variables that training changes by gradients: neither statistics nor counters."""
+    statistics = {path for pair in net.statistics for path in pair}
+
+    def chosen(tree: Variables, path: tuple[Any, ...]) -> dict[Any, Any]:
+        kept = {}
+        for key, value in tree.items():
+            here = (*path, key)
+            if isinstance(value, Mapping):
+                inner = chosen(value, here)
+                if inner:
+                    kept[key] = inner
+            elif here not in statistics and jnp.issubdtype(value.dtype, jnp.floating):
+                kept[key] = value
+        return kept
+
+    return chosen(net.variables if variables is None else variables, ())
+
+
+def with_parameters(variables: Variables, changed: Parameters) -> dict[Any, Any]:
+    """The variables with some of them replaced."""
+    return {
+        key: with_parameters(value, changed.get(key, {}))
+        if isinstance(value, Mapping)
+        else changed.get(key, value)
+        for key, value in variables.items()
+    }
+
+
+def loss(net: Net, variables: Variables, images: Array, labels: Array, training: bool) -> Array:
+    """Mean cross-entropy of normalised images (K, H, W, C) and label distributions (K, C)."""
+    apply = net.train_apply if training else net.apply
+    assert apply is not None
+    log_probabilities = jax.nn.log_softmax(apply(variables, images).logits)
+    return -(labels * log_probabilities).sum(-1).mean()
+
+
+def observed(
+    net: Net,
+    variables: Variables,
+    images: Array,
+    labels: Array,
+    *,
+    training: bool = False,
+    local: Local | None = None,
+) -> dict[Any, Any]:
+    """What a client with these images sends, differentiable in images and labels.
+
+    The gradient g = d loss / d parameters; with `local`, the sum of its SGD steps -lr g_t.
+
+    Args:
+      net: the network.
+      variables: its variables before.
+      images: (K, H, W, C), normalised.
+      labels: (K, C) distributions.
+      training: see `Evidence`.
+      local: see `Evidence`.
+    """
+    before = parameters(net, variables)
+
+    def gradient(now: Parameters, images: Array, labels: Array) -> dict[Any, Any]:
+        return jax.grad(
+            lambda p: loss(net, with_parameters(variables, p), images, labels, training)
+        )(now)
+
+    if local is None:
+        return gradient(before, images, labels)
+    now = before
+    for batch in local.batches:
+        chosen = jnp.asarray(batch)
+        # One step's activations at a time are kept for the gradient through all of them.
+        step = jax.checkpoint(gradient)(now, images[chosen], labels[chosen])
+        now = jax.tree.map(lambda p, g: p - local.lr * g, now, step)
+    return jax.tree.map(jnp.subtract, now, before)
+
+
+def simulate(
+    net: Net,
+    images: Array | np.ndarray,
+    labels: Sequence[int],
+    *,
+    training: bool = False,
+    statistics: Statistics = "none",
+    local: Local | None = None,
+) -> tuple[Evidence, Secret]:
+    """A client of our own: evidence of normalised images (K, H, W, C), and the secret behind it.
+
+    "update" statistics are what a client's new running statistics (momentum 0.1) betray, so here
+    the same as "exact".
+    """
+    images, chosen = jnp.asarray(images), np.asarray(labels)
+    if chosen.shape != (len(images),) or chosen.min() < 0 or chosen.max() >= net.classes:
+        raise ValueError(f"{len(images)} images need as many labels in 0 to {net.classes - 1}")
+    one_hot = jax.nn.one_hot(chosen, net.classes)
+    send: Callable = jax.jit(lambda v, x, y: observed(net, v, x, y, training=training, local=local))
+    values = jax.device_get(send(net.variables, images, one_hot))
+    moments = None
+    if statistics in ("exact", "update"):
+        apply = net.train_apply if training else net.apply
+        assert apply is not None
+        moments = jax.device_get(jax.jit(apply)(net.variables, images).moments)
+    evidence = Evidence(values, len(images), training, statistics, moments, local)
+    return evidence, Secret(np.asarray(images), chosen)
+
+
+def moments_of_update(
+    before: Sequence[Moments],
+    after: Sequence[Moments],
+    counts: Sequence[int],
+    momentum: float = 0.1,
+) -> tuple[Moments, ...]:
+    """The batch's moments from running statistics: (after - (1 - m) before) / m.
+
+    Args:
+      before, after: running statistics of every BatchNorm layer in forward order.
+      counts: n, values that a channel of each layer saw (images times pixels). torch's running
+        variance takes in unbiased variances, n / (n - 1) times the biased ones returned here.
+      momentum: m, in torch's sense.
+    """
+
+    def solved(new: Array, old: Array) -> Array:
+        return (new - (1 - momentum) * old) / momentum
+
+    return tuple(
+        Moments(solved(new.mean, old.mean), jnp.maximum(solved(new.var, old.var), 0) * (n - 1) / n)
+        for new, old, n in zip(after, before, counts, strict=True)
+    )
+
+
+_VALUES, _MEAN, _VAR = "values.", "moments.{}.mean", "moments.{}.var"
+
+
+def save(path: str | Path, evidence: Evidence) -> None:
+    """Write FILE.safetensors (torch's names and layouts) and FILE.json beside it."""
+    path = Path(path)
+    state = {
+        _VALUES + name: value for name, value in weights_convert.from_flax(evidence.values).items()
+    }
+    for i, moments in enumerate(evidence.moments or ()):
+        state[_MEAN.format(i)] = np.asarray(moments.mean)
+        state[_VAR.format(i)] = np.asarray(moments.var)
+    weights_convert.write(path.with_suffix(".safetensors"), state)
+    circumstances = {
+        "images": evidence.images,
+        "training": evidence.training,
+        "statistics": evidence.statistics,
+        "local": None if evidence.local is None else dataclasses.asdict(evidence.local),
+    }
+    write_atomic(path.with_suffix(".json"), json.dumps(circumstances, indent=2) + "\n")
+
+
+def load(path: str | Path, net: Net) -> Evidence:
+    """Read what `save` wrote, or what was captured in PyTorch under the same names.
+
+    Raises:
+      ValueError: the files or what is in them do not fit the network; every layer is named.
+    """
+    path = Path(path)
+    state = weights_convert.read(path.with_suffix(".safetensors"))
+    try:
+        found = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        local = found.pop("local", None)
+        if local is not None:
+            local = Local(float(local["lr"]), tuple(tuple(map(int, b)) for b in local["batches"]))
+        count = sum(name.startswith("moments.") for name in state) // 2
+        moments = tuple(
+            Moments(*(jnp.asarray(state.pop(name.format(i))) for name in (_MEAN, _VAR)))
+            for i in range(count)
+        )
+        named = {name.removeprefix(_VALUES): value for name, value in state.items()}
+        values = weights_convert.to_flax(named, parameters(net))
+        evidence = Evidence(values, local=local, moments=moments or None, **found)
+    except (OSError, TypeError, KeyError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} holds no evidence for {net.name}: {error}") from None
+    evidence.check(net)
+    return evidence
