@@ -23,7 +23,21 @@ Data = Any
 """A tree of arrays that stay as they are during the run: variables, targets."""
 
 LossFn = Callable[[Array, Array, Data], tuple[Array, Mapping[str, Array]]]
-"""(key, images, data) -> (loss, {term: raw value})."""
+"""(key, images, data) -> (loss, {term: raw value}).
+
+The loss is a scalar, or (G,) for images (G, ...) that are G independent candidates.
+"""
+
+
+class Remembered(NamedTuple):
+    """What a loss gets for data if its step keeps a memory."""
+
+    data: Data
+    memory: Any
+
+
+Remember = Callable[[Array, Array, Any], Any]
+"""(step, images, memory) -> the memory that this step's loss sees; starts as zeros."""
 
 Project = Callable[[Array], Array]
 
@@ -32,13 +46,14 @@ class State(NamedTuple):
     """What the next step needs.
 
     Attributes:
-      images: (B, H, W, C) being optimised.
+      images: (B, H, W, C) being optimised, or (G, B, H, W, C) for G candidates.
       optimiser: optax state.
       step: steps done since the run began, over all phases.
       best_images: the images that had the lowest loss of this phase.
-      best_loss: their loss.
+      best_loss: their loss, () or (G,): every candidate has its own best images.
       reference_loss: the loss that early stopping last counted as progress.
       stale: steps since then.
+      memory: what the step keeps for later ones besides.
     """
 
     images: Array
@@ -48,13 +63,14 @@ class State(NamedTuple):
     best_loss: Array
     reference_loss: Array
     stale: Array
+    memory: Any = ()
 
 
 class Info(NamedTuple):
     """What a person reads of one step: before the update.
 
     Attributes:
-      loss: weighted sum.
+      loss: weighted sum; the mean over candidates.
       terms: raw values by name, in the objective's order.
       stopped: early stopping had ended the phase before this step; nothing was changed.
     """
@@ -92,17 +108,36 @@ class EarlyStop:
     improvement: float = 0.1
 
 
-def init(images: Array, optimiser: optax.GradientTransformation, step: int | Array = 0) -> State:
-    """State before the first step of a phase."""
-    infinite = jnp.full((), jnp.inf, jnp.float32)
+def warm_cosine(lr: float, warmup: int, steps: int, floor: float = 0.0) -> optax.Schedule:
+    """lr (t + 1) / warmup, then a cosine from lr to floor * lr at the last step."""
+    warmup = min(warmup, steps)
+
+    def schedule(step: Any) -> Array:
+        ramp = (step + 1) / max(warmup, 1)
+        cosine = (1 + jnp.cos(jnp.pi * (step - warmup) / max(steps - warmup, 1))) / 2
+        return lr * jnp.where(step < warmup, ramp, floor + (1 - floor) * cosine)
+
+    return schedule
+
+
+def init(
+    images: Array,
+    optimiser: optax.GradientTransformation,
+    step: int | Array = 0,
+    *,
+    candidates: bool = False,
+    memory: Any = (),
+) -> State:
+    """State before the first step of a phase; `candidates` if the loss is (G,)."""
     return State(
         images=images,
         optimiser=optimiser.init(images),
         step=jnp.asarray(step, jnp.int32),
         best_images=jnp.array(images, copy=True),
-        best_loss=infinite,
-        reference_loss=jnp.array(infinite, copy=True),
+        best_loss=jnp.full(images.shape[:1] if candidates else (), jnp.inf, jnp.float32),
+        reference_loss=jnp.full((), jnp.inf, jnp.float32),
         stale=jnp.zeros((), jnp.int32),
+        memory=memory,
     )
 
 
@@ -112,6 +147,8 @@ def make_step(
     *,
     project: Project = lambda images: images,
     early_stop: EarlyStop | None = None,
+    noise: Callable[[Array], Array] | None = None,
+    remember: Remember | None = None,
 ) -> Step:
     """One gradient step on images.
 
@@ -123,31 +160,44 @@ def make_step(
       optimiser: any optax transformation; it is told the loss as `value`.
       project: applied to the updated images, such as clipping to the valid range.
       early_stop: leave the state as it is once it says so.
+      noise: step -> standard deviation of Gaussian noise added to the updated images (Langevin).
+      remember: keeps a memory from step to step; the loss gets `Remembered` data.
     """
     optimiser = optax.with_extra_args_support(optimiser)
 
     def step(key: Array, state: State, data: Data) -> tuple[State, Info]:
         key = jax.random.fold_in(key, state.step)
+        memory = state.memory
+        if remember is not None:
+            memory = remember(state.step, state.images, memory)
+            data = Remembered(data, memory)
 
-        def ordered(images: Array) -> tuple[Array, Mapping[str, Array]]:
-            loss, terms = loss_fn(key, images, data)
+        def ordered(images: Array) -> tuple[Array, tuple[Array, Mapping[str, Array]]]:
+            losses, terms = loss_fn(key, images, data)
             # JAX sorts the keys of plain dicts.
-            return loss, collections.OrderedDict(terms)
+            return losses.sum(), (losses, collections.OrderedDict(terms))
 
-        (loss, terms), gradient = jax.value_and_grad(ordered, has_aux=True)(state.images)
+        (_, (losses, terms)), gradient = jax.value_and_grad(ordered, has_aux=True)(state.images)
+        loss = losses.mean()
         updates, optimiser_state = optimiser.update(
             gradient, state.optimiser, state.images, value=loss
         )
-        better = jnp.isfinite(loss) & (loss < state.best_loss)
+        images = optax.apply_updates(state.images, updates)
+        if noise is not None:
+            kick = jax.random.normal(jax.random.fold_in(key, 1), images.shape, images.dtype)
+            images = images + noise(state.step) * kick
+        better = jnp.isfinite(losses) & (losses < state.best_loss)
         progress = loss < _threshold(state.reference_loss, early_stop)
+        wide = better.reshape(better.shape + (1,) * (images.ndim - better.ndim))
         new = State(
-            images=project(optax.apply_updates(state.images, updates)),
+            images=project(images),
             optimiser=optimiser_state,
             step=state.step + 1,
-            best_images=jnp.where(better, state.images, state.best_images),
-            best_loss=jnp.where(better, loss, state.best_loss),
+            best_images=jnp.where(wide, state.images, state.best_images),
+            best_loss=jnp.where(better, losses, state.best_loss),
             reference_loss=jnp.where(progress, loss, state.reference_loss),
             stale=jnp.where(progress, 0, state.stale + 1),
+            memory=memory,
         )
         if early_stop is None:
             return new, Info(loss, terms, jnp.zeros((), bool))

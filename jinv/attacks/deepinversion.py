@@ -371,20 +371,9 @@ def make_optimiser(config: Config, phase: Phase) -> optax.GradientTransformation
 
 
 def _schedule(config: Config, phase: Phase, lr: float) -> optax.Schedule:
-    """lr (t + 1) / warmup, then a cosine from lr to the floor at the phase's last step."""
-    warmup = min(config.warmup, phase.steps)
-
-    def schedule(step: Any) -> Array:
-        ramp = (step + 1) / max(warmup, 1)
-        after = (step - warmup) / max(phase.steps - warmup, 1)
-        if config.schedule == "cosine":
-            cosine = (1 + jnp.cos(jnp.pi * after)) / 2
-            decay = config.lr_floor + (1 - config.lr_floor) * cosine
-        else:
-            decay = jnp.ones(())
-        return lr * jnp.where(step < warmup, ramp, decay)
-
-    return schedule
+    """The learning rate by step of the phase; "constant" is a cosine that does not fall."""
+    floor = config.lr_floor if config.schedule == "cosine" else 1.0
+    return optimise.warm_cosine(lr, config.warmup, phase.steps, floor)
 
 
 def _optimiser_factory(name: str) -> Callable[..., optax.GradientTransformation]:
