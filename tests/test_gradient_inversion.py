@@ -54,8 +54,8 @@ def torch_distance(found: list[Any], wanted: list[Any], kind: str) -> Any:
     ("name", "training", "distance"),
     [
         ("resnet18", False, "l2"),
-        ("resnet18", True, "cosine"),
-        ("mobilenet_v2", False, "squared_l2"),
+        pytest.param("resnet18", True, "cosine", marks=pytest.mark.slow),
+        pytest.param("mobilenet_v2", False, "squared_l2", marks=pytest.mark.slow),
         ("mobilenet_v2", True, "l2"),
     ],
 )
