@@ -217,7 +217,7 @@ def test_one_process_is_told_to_stop_and_both_resume(tmp_path: Path) -> None:
     np.testing.assert_array_equal(steps, np.arange(60))
 
 
-@pytest.mark.parametrize("how", [slurm, open_mpi])
+@pytest.mark.parametrize("how", [slurm, pytest.param(open_mpi, marks=pytest.mark.slow)])
 def test_two_processes_meet_by_their_launcher(tmp_path: Path, alone: Path, how: Any) -> None:
     recipe, port = write(tmp_path, RECIPE), free_port(61441)
     results = together(recipe, tmp_path / "out", how=how, port=port)
