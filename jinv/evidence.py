@@ -84,10 +84,7 @@ class Evidence:
             raise ValueError(
                 f"moments of {len(self.moments)} BatchNorm layers for {len(net.statistics)}"
             )
-        if self.training and net.train_apply is None:
-            raise ValueError(
-                f"{net.name} has no training mode: give Net.from_linen its `training` arguments"
-            )
+        net.mode(self.training)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,9 +131,7 @@ def with_parameters(variables: Variables, changed: Parameters) -> dict[Any, Any]
 
 def loss(net: Net, variables: Variables, images: Array, labels: Array, training: bool) -> Array:
     """Mean cross-entropy of normalised images (K, H, W, C) and label distributions (K, C)."""
-    apply = net.train_apply if training else net.apply
-    assert apply is not None
-    log_probabilities = jax.nn.log_softmax(apply(variables, images).logits)
+    log_probabilities = jax.nn.log_softmax(net.mode(training)(variables, images).logits)
     return -(labels * log_probabilities).sum(-1).mean()
 
 
@@ -201,9 +196,7 @@ def simulate(
     values = jax.device_get(send(net.variables, images, one_hot))
     moments = None
     if statistics in ("exact", "update"):
-        apply = net.train_apply if training else net.apply
-        assert apply is not None
-        moments = jax.device_get(jax.jit(apply)(net.variables, images).moments)
+        moments = jax.device_get(jax.jit(net.mode(training))(net.variables, images).moments)
     evidence = Evidence(values, len(images), training, statistics, moments, local)
     return evidence, Secret(np.asarray(images), chosen)
 

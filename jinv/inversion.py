@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import hashlib
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -425,19 +424,18 @@ def _boundaries(log: session.Log) -> list[int]:
     return [log.rows[i]["step"] for i in range(1, len(phases)) if phases[i] != phases[i - 1]]
 
 
-def check(recipes: Sequence[Recipe]) -> None:
-    """Build every run once, so that a mistake in any stops all before anything is computed.
+def prepare(recipe: Recipe) -> Inversion:
+    """The recipe with its networks loaded, in every process or in none.
 
     Raises:
-      ValueError: of the first mistake, in every process if one process has it.
+      ValueError: the mistake, in every process if one process has it.
     """
-    message = None
-    for recipe in recipes:
-        try:
-            Inversion(recipe)
-        except (ValueError, OSError, ImportError, jax.errors.JaxRuntimeError) as error:
-            message = str(error)
-            break
+    message, inversion = None, None
+    try:
+        inversion = Inversion(recipe)
+    except (ValueError, OSError, ImportError, jax.errors.JaxRuntimeError) as error:
+        message = str(error)
     message = parallel.first_failure(message)
-    if message is not None:
+    if inversion is None or message is not None:
         raise ValueError(message)
+    return inversion

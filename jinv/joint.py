@@ -231,8 +231,7 @@ class _Group:
         values: Terms = {}
         for bundle, own in zip(self.bundles, variables, strict=True):
             values |= bundle(own, images, targets)
-        weights = self.weights
-        return weigh(values, {name: weights[name] for name in values}), values
+        return weigh(values, self.weights), values
 
     def gradient(
         self, variables: Any, images: Array, targets: Array, at_once: int | None

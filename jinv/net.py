@@ -77,6 +77,16 @@ class Net:
         tree = self.variables if variables is None else variables
         return tuple(Moments(_get(tree, mean), _get(tree, var)) for mean, var in self.statistics)
 
+    def mode(self, training: bool) -> Callable[[Variables, Array], Outputs]:
+        """`train_apply` or `apply`; ValueError if there is no training mode."""
+        if not training:
+            return self.apply
+        if self.train_apply is None:
+            raise ValueError(
+                f"{self.name} has no training mode: give Net.from_linen its `training` arguments"
+            )
+        return self.train_apply
+
     def __call__(self, images: Array) -> Outputs:
         """`apply` with the network's own variables."""
         return self.apply(self.variables, images)

@@ -62,7 +62,7 @@ import jax
 
 from jinv import config as configs
 from jinv import optimise, parallel, session, study
-from jinv.inversion import Inversion, Recipe, check, recipe_from
+from jinv.inversion import Recipe, prepare, recipe_from
 
 
 def parse(
@@ -106,7 +106,8 @@ def parse(
 def invert(recipe: Recipe, variants: dict[str, Any], args: argparse.Namespace) -> None:
     """One run, or a study of several."""
     chosen = study.runs(recipe, variants)
-    check([run.recipe for run in chosen])
+    for each in chosen:  # a mistake in any stops all before anything is computed
+        inversion = prepare(each.recipe)
     tree = configs.plain(recipe) | ({"variants": variants} if variants else {})
     how = {"resume": args.resume, "overwrite": args.overwrite}
     run = session.Session(args.out, tree, recipe.run, **how)
@@ -117,7 +118,7 @@ def invert(recipe: Recipe, variants: dict[str, Any], args: argparse.Namespace) -
         study.execute(chosen, run, **how)
         parallel.say(f"{args.out / 'report.html'} written")
         return
-    summary = Inversion(chosen[0].recipe).run(run)
+    summary = inversion.run(run)
     for name, share in summary.get("top1", {}).items():
         parallel.say(f"{name} gives {100 * share:.0f}% of the images their class")
     parallel.say(f"{args.out / 'report.html'} written after {run.seconds:.0f} s")

@@ -6,10 +6,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import tiny
-from jinv import inversion, optimise
+from jinv import inversion
 from jinv.attacks import deepinversion, ensemble
 from jinv.attacks.deepinversion import Phase
 from jinv.net import Net, Outputs
@@ -35,15 +34,8 @@ def test_a_member_without_batch_norm_adds_its_cross_entropy_only() -> None:
     config = dataclasses.replace(ensemble.CONFIG, phases=(Phase(2, jitter=1),), warmup=1)
     members = ensemble.members([tiny.network(), plain])
     attack = deepinversion.build(config, members, [0, 1])
-    terms: list[str] = []
-    optimise.run(
-        attack.phases,
-        jax.random.key(0),
-        attack.initial(jax.random.key(1)),
-        attack.data,
-        callback=lambda chunk: terms.extend(chunk.metrics),
-    )
-    assert terms == ["loss", "label[tiny]", "batch_norm[tiny]", "label[plain]", "tv_l2"]
+    _, metrics = tiny.run(attack, key=0, noise=1)
+    assert list(metrics) == ["loss", "label[tiny]", "batch_norm[tiny]", "label[plain]", "tv_l2"]
 
 
 def test_an_ensemble_finds_what_each_member_saw() -> None:
@@ -55,14 +47,7 @@ def test_an_ensemble_finds_what_each_member_saw() -> None:
     )
     members = [Member(net, Weights(label=0, batch_norm=1, first_bn_multiplier=1)) for net in nets]
     attack = deepinversion.build(config, members, [0] * 8)
-    series: list[dict[str, np.ndarray]] = []
-    optimise.run(
-        attack.phases,
-        jax.random.key(0),
-        attack.initial(jax.random.key(1)),
-        attack.data,
-        callback=lambda chunk: series.append(chunk.metrics),
-    )
+    _, metrics = tiny.run(attack, key=0, noise=1)
     for i in range(2):
-        found = np.concatenate([part[f"batch_norm[net{i}]"] for part in series])
+        found = metrics[f"batch_norm[net{i}]"]
         assert found[-1] < found[0] / 30

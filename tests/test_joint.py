@@ -43,20 +43,8 @@ def attack_of(*chosen: Member, config: Config = CONFIG, **execution: Any) -> Att
 STACK: dict[str, Any] = {"stack": True, "networks_at_once": None}
 
 
-def result(attack: Attack) -> tuple[optimise.State, dict[str, np.ndarray]]:
-    found: list[dict[str, np.ndarray]] = []
-    state = optimise.run(
-        attack.phases,
-        jax.random.key(1),
-        attack.initial(jax.random.key(0)),
-        attack.data,
-        callback=lambda chunk: found.append(chunk.metrics),
-    )
-    return state, {name: np.concatenate([f[name] for f in found]) for name in found[0]}
-
-
 def assert_same(ours: Attack, theirs: Attack, tolerance: float = 1e-4) -> None:
-    (state, metrics), (expected, others) = result(ours), result(theirs)
+    (state, metrics), (expected, others) = tiny.run(ours), tiny.run(theirs)
     assert metrics.keys() == others.keys()
     for name, series in others.items():
         np.testing.assert_allclose(metrics[name], series, rtol=tolerance, err_msg=name)
@@ -104,10 +92,10 @@ def test_one_network_gives_the_loss_of_its_formula() -> None:
 
 def test_an_ensemble_of_one_is_deepinversion_to_the_bit() -> None:
     alone = members()[0]
-    state, metrics = result(attack_of(alone))
+    state, metrics = tiny.run(attack_of(alone))
     assert set(metrics) == {"loss", "label", "batch_norm", "tv_l2", "tv_l1", "l2"}
     for settings in ({"stack": True}, {"networks_at_once": None}, {"images_at_once": 4}):
-        other, series = result(attack_of(alone, **settings))
+        other, series = tiny.run(attack_of(alone, **settings))
         np.testing.assert_array_equal(state.images, other.images)
         np.testing.assert_array_equal(metrics["loss"], series["loss"])
 
@@ -369,13 +357,13 @@ def test_a_network_without_batch_norm_joins_with_its_label_loss() -> None:
         return Outputs(images.mean((1, 2)) @ variables["w"], None, ())
 
     plain = Net("plain", apply, {"w": jnp.ones((3, 7))}, tiny.SPACE, 7, ())
-    _, metrics = result(attack_of(members()[0], Member(plain)))
+    _, metrics = tiny.run(attack_of(members()[0], Member(plain)))
     assert "label[plain]" in metrics
     assert "batch_norm[plain]" not in metrics
 
 
 def test_statistics_alone_need_no_labels() -> None:
-    _, metrics = result(attack_of(Member(members()[0].net, Weights(label=0))))
+    _, metrics = tiny.run(attack_of(Member(members()[0].net, Weights(label=0))))
     assert set(metrics) == {"loss", "batch_norm", "tv_l2", "tv_l1", "l2"}
 
 
@@ -385,7 +373,8 @@ PLACED = """
 import json, sys
 sys.path.insert(0, "tests")
 import jax, numpy as np
-from test_joint import CONFIG, members, result
+import tiny
+from test_joint import CONFIG, members
 from jinv import joint
 from jinv.attacks import deepinversion
 from jinv.attacks.deepinversion import Phase
@@ -398,7 +387,7 @@ def run(**execution):
     attack = deepinversion.build(
         config, members(), targets, execution=joint.Execution(**execution)
     )
-    state, metrics = result(attack)
+    state, metrics = tiny.run(attack)
     return attack, state, metrics
 
 _, alone, expected = run(devices=1)

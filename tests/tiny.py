@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,10 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from jinv import optimise
 from jinv.image import Preprocessing
 from jinv.net import Net
+from jinv.optimise import State
 
 SPACE = Preprocessing(size=16, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
 OTHER_SPACE = Preprocessing(
@@ -78,3 +81,16 @@ def network(
 def noise(shape: tuple[int, ...], seed: int = 0) -> Array:
     """Standard normal, float32."""
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def run(attack: Any, *, key: int = 1, noise: int = 0) -> tuple[State, dict[str, np.ndarray]]:
+    """An attack's last state, and every metric at every step."""
+    found: list[dict[str, np.ndarray]] = []
+    state = optimise.run(
+        attack.phases,
+        jax.random.key(key),
+        attack.initial(jax.random.key(noise)),
+        attack.data,
+        callback=lambda chunk: found.append(chunk.metrics),
+    )
+    return state, {name: np.concatenate([f[name] for f in found]) for name in found[0]}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +78,7 @@ class Config:
         for name in ("steps", "seeds", "group_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        choices = get_args(get_type_hints(Config)["distance"])
+        choices = get_args(Distance)
         if self.distance not in choices:
             raise ValueError(f"distance is one of {', '.join(choices)}, not {self.distance!r}")
 
@@ -107,7 +107,7 @@ def gradient_distance(
         product = sum((f * (a * b).sum() for f, a, b in pairs), jnp.zeros(()))
         ours = sum((f * jnp.square(a).sum() for f, a, _ in pairs), jnp.zeros(()))
         theirs = sum((f * jnp.square(b).sum() for f, _, b in pairs), jnp.zeros(()))
-        return 1 - product / jnp.maximum(priors.norm(jnp.sqrt(ours)) * jnp.sqrt(theirs), 1e-30)
+        return 1 - product / jnp.maximum(jnp.sqrt(ours) * jnp.sqrt(theirs), 1e-30)
     raise ValueError(f"no distance of gradients is called {kind!r}")
 
 
@@ -274,11 +274,9 @@ def _loss(config: Config, net: Net, evidence: Evidence, grouped: bool) -> optimi
                 found, data.wanted, config.distance, config.layers
             )
         if data.moments:
-            apply = net.train_apply if evidence.training else net.apply
-            assert apply is not None
             weights["batch_norm"] = config.batch_norm
             values["batch_norm"] = priors.batch_norm(
-                apply(data.variables, images).moments,
+                net.mode(evidence.training)(data.variables, images).moments,
                 data.moments,
                 first_multiplier=config.first_bn_multiplier,
             )

@@ -127,12 +127,17 @@ def against_torch(case: Case, repeats: int, steps: int) -> Iterator[dict]:
         yield timing.row(str(case), name, rounds, **checked)
 
 
-def stacked(case: Case, repeats: int, steps: int) -> Iterator[dict]:
-    """Copies of one architecture, vmapped over their weights, against one after the other."""
-    nets = [
+def random_nets(case: Case) -> list[Net]:
+    """Weights and names of their own, also for copies."""
+    return [
         dataclasses.replace(models.load(name, None, seed=i), name=f"{name}_{i}")
         for i, name in enumerate(case.networks)
     ]
+
+
+def stacked(case: Case, repeats: int, steps: int) -> Iterator[dict]:
+    """Copies of one architecture, vmapped over their weights, against one after the other."""
+    nets = random_nets(case)
     images, targets = problem(case.batch, case.size)
     total = steps * (1 + 3 * repeats)
     plain = attack_on(nets, case, targets, total)
@@ -145,10 +150,7 @@ def stacked(case: Case, repeats: int, steps: int) -> Iterator[dict]:
 
 def placed(case: Case, repeats: int, steps: int) -> Iterator[dict]:
     """A network a device, against all on one device and against the same data-parallel."""
-    nets = [
-        dataclasses.replace(models.load(name, None, seed=i), name=f"{name}_{i}")
-        for i, name in enumerate(case.networks)
-    ]
+    nets = random_nets(case)
     images, targets = problem(case.batch, case.size)
     total = steps * (1 + 3 * repeats)
     devices = len(nets)
