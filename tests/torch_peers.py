@@ -204,14 +204,16 @@ def random_network(name: str, images: np.ndarray, seed: int = 0) -> nn.Module:
     """Network in inference mode whose every tensor is random, and whose signal neither dies
     nor explodes: each BatchNorm's running statistics are those of its input for `images`,
     disturbed. Variances are about 0.01, so that eps shows in the fourth digit; scales are small,
-    so that rounding errors do not grow exponentially with depth.
+    so that rounding errors do not grow exponentially with depth. Without BatchNorm layers they
+    are those of He's initialisation.
     """
     generator = torch.Generator().manual_seed(seed)
     model = build(name).to_empty(device="cpu").eval()
+    gain = 0.1 if any(isinstance(m, nn.BatchNorm2d) for m in model.modules()) else 1
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             fan_in = module.weight[0].numel()
-            module.weight.normal_(0, 0.1 * math.sqrt(2 / fan_in), generator=generator)
+            module.weight.normal_(0, gain * math.sqrt(2 / fan_in), generator=generator)
             if module.bias is not None:
                 module.bias.normal_(0, 0.1, generator=generator)
         elif isinstance(module, nn.Linear):

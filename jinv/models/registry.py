@@ -67,8 +67,8 @@ def _cifar(depths: tuple[int, ...], **kwargs: Any) -> Entry:
     return Entry(functools.partial(resnet_cifar.ResNet, depths, **kwargs), CIFAR10, 10)
 
 
-def _vgg(*depths: int) -> Entry:
-    return Entry(functools.partial(vgg.VGG, depths), IMAGENET, 1000)
+def _vgg(*depths: int, batch_norm: bool = False) -> Entry:
+    return Entry(functools.partial(vgg.VGG, depths, batch_norm=batch_norm), IMAGENET, 1000)
 
 
 _REGISTRY: dict[str, Entry] = {
@@ -82,10 +82,14 @@ _REGISTRY: dict[str, Entry] = {
     "resnext101_64x4d": _resnet(resnet.Bottleneck, (3, 4, 23, 3), groups=64, base_width=4),
     "wide_resnet50_2": _resnet(resnet.Bottleneck, (3, 4, 6, 3), base_width=128),
     "wide_resnet101_2": _resnet(resnet.Bottleneck, (3, 4, 23, 3), base_width=128),
-    "vgg11_bn": _vgg(1, 1, 2, 2, 2),
-    "vgg13_bn": _vgg(2, 2, 2, 2, 2),
-    "vgg16_bn": _vgg(2, 2, 3, 3, 3),
-    "vgg19_bn": _vgg(2, 2, 4, 4, 4),
+    "vgg11": _vgg(1, 1, 2, 2, 2),
+    "vgg13": _vgg(2, 2, 2, 2, 2),
+    "vgg16": _vgg(2, 2, 3, 3, 3),
+    "vgg19": _vgg(2, 2, 4, 4, 4),
+    "vgg11_bn": _vgg(1, 1, 2, 2, 2, batch_norm=True),
+    "vgg13_bn": _vgg(2, 2, 2, 2, 2, batch_norm=True),
+    "vgg16_bn": _vgg(2, 2, 3, 3, 3, batch_norm=True),
+    "vgg19_bn": _vgg(2, 2, 4, 4, 4, batch_norm=True),
     "mobilenet_v2": Entry(
         mobilenet.MobileNetV2,
         IMAGENET,
