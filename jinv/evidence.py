@@ -23,6 +23,7 @@ from jinv.files import write_atomic
 from jinv.net import Moments, Net, Variables
 
 Statistics = Literal["none", "running", "exact", "update"]
+_WITH_MOMENTS = ("exact", "update")
 Parameters = Mapping[Any, Any]
 """A network's variables without BatchNorm statistics and counters: what training changes."""
 
@@ -70,7 +71,7 @@ class Evidence:
     def __post_init__(self) -> None:
         if self.images < 1:
             raise ValueError(f"evidence is of at least one image, not {self.images}")
-        if (self.moments is not None) != (self.statistics in ("exact", "update")):
+        if (self.moments is not None) != (self.statistics in _WITH_MOMENTS):
             raise ValueError(f"{self.statistics!r} statistics and moments do not go together")
         if self.local is not None:
             used = {i for batch in self.local.batches for i in batch}
@@ -195,7 +196,7 @@ def simulate(
     send: Callable = jax.jit(lambda v, x, y: observed(net, v, x, y, training=training, local=local))
     values = jax.device_get(send(net.variables, images, one_hot))
     moments = None
-    if statistics in ("exact", "update"):
+    if statistics in _WITH_MOMENTS:
         moments = jax.device_get(jax.jit(net.mode(training))(net.variables, images).moments)
     evidence = Evidence(values, len(images), training, statistics, moments, local)
     return evidence, Secret(np.asarray(images), chosen)
@@ -267,7 +268,9 @@ def load(path: str | Path, net: Net) -> Evidence:
         )
         named = {name.removeprefix(_VALUES): value for name, value in state.items()}
         values = weights_convert.to_flax(named, parameters(net))
-        evidence = Evidence(values, local=local, moments=moments or None, **found)
+        # A network without BatchNorm layers has no moments to write, even where they are known.
+        nothing = () if not net.statistics and found.get("statistics") in _WITH_MOMENTS else None
+        evidence = Evidence(values, local=local, moments=moments or nothing, **found)
     except (OSError, TypeError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} holds no evidence for {net.name}: {error}") from None
     evidence.check(net)

@@ -305,12 +305,14 @@ class Inversion:
             boundaries=_boundaries(run.metrics),
         )
         write_atomic(run.folder / "curves.svg", svg)
+        kept = any(member.net.statistics for member in self.members)
+        statistics = " and BatchNorm statistics" if kept else ""
         report.write_html(
             run.folder / "report.html",
             f"What {summary['model']} {'have' if len(self.members) > 1 else 'has'} learned",
             self._sections(summary, pixels, predictions, svg, machine),
-            lead=f"{len(pixels)} images, {summary['steps']} steps, from the weights and BatchNorm "
-            "statistics alone: no data was read.",
+            lead=f"{len(pixels)} images, {summary['steps']} steps, from the weights{statistics} "
+            "alone: no data was read.",
         )
         run.finish(summary)
         return summary

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import tiny
 import weights_convert
@@ -178,6 +179,29 @@ def test_evidence_survives_its_files(tmp_path: Path, settings: dict[str, Any]) -
     for ours, theirs in zip(found.moments or (), saved.moments or (), strict=True):
         np.testing.assert_array_equal(ours.mean, theirs.mean)
         np.testing.assert_array_equal(ours.var, theirs.var)
+
+
+class WithoutBatchNorm(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.conv = nnx.Conv(3, 4, (3, 3), rngs=rngs)
+        self.head = nnx.Linear(4, 7, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.head(jax.nn.relu(self.conv(x)).mean((1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("statistics", "moments"), [("none", None), ("running", None), ("exact", ()), ("update", ())]
+)
+def test_evidence_of_a_network_without_batch_norm_survives_its_files(
+    tmp_path: Path, statistics: Any, moments: tuple | None
+) -> None:
+    net = Net.from_nnx(WithoutBatchNorm(nnx.Rngs(0)), tiny.SPACE)
+    saved, _ = evidence.simulate(net, tiny.noise((2, 8, 8, 3)), [0, 1], statistics=statistics)
+    evidence.save(tmp_path / "client", saved)
+    found = evidence.load(tmp_path / "client", net)
+    assert (found.statistics, found.moments) == (statistics, moments)
+    jax.tree.map(np.testing.assert_array_equal, found.values, saved.values)
 
 
 def test_a_gradient_captured_in_torch_is_accepted(tmp_path: Path) -> None:
