@@ -86,17 +86,29 @@ def agreement(predictions: Sequence[Prediction]) -> float | None:
     return float(np.mean([a == b for a, b in pairs])) if pairs else None
 
 
-def pixel_distances(pixels: np.ndarray) -> np.ndarray:
-    """d_ij = sqrt(mean (x_i - x_j)^2) of images (B, H, W, C) in [0, 1] -> (B, B)."""
+def pixel_distances(pixels: np.ndarray, others: np.ndarray | None = None) -> np.ndarray:
+    """d_ij = sqrt(mean (x_i - y_j)^2) of images (B, H, W, C) and (M, H, W, C) -> (B, M), float64.
+
+    Without others, among the images themselves.
+    """
     flat = pixels.reshape(len(pixels), -1).astype(np.float64)
-    return np.stack([np.sqrt(np.square(flat - row).mean(1)) for row in flat])
+    rows = pixels if others is None else others
+    return np.stack([np.sqrt(np.square(flat - row.ravel()).mean(1)) for row in rows], axis=1)
 
 
-def feature_distances(features: np.ndarray) -> np.ndarray:
-    """d_ij = 1 - cos(f_i, f_j) of features (B, D) -> (B, B)."""
-    length = np.linalg.norm(features, axis=1, keepdims=True)
-    unit = features / np.maximum(length, np.finfo(np.float32).tiny)
-    return 1 - unit @ unit.T
+def feature_distances(features: np.ndarray, others: np.ndarray | None = None) -> np.ndarray:
+    """d_ij = 1 - cos(f_i, g_j) of features (B, D) and (M, D) -> (B, M), float64.
+
+    Without others, among the features themselves. Features that are all 0 have distance 1.
+    """
+    unit = _unit(features)
+    return 1 - unit @ (unit if others is None else _unit(others)).T
+
+
+def _unit(features: np.ndarray) -> np.ndarray:
+    wide = np.asarray(features, np.float64)
+    length = np.linalg.norm(wide, axis=1, keepdims=True)
+    return wide / np.maximum(length, np.finfo(np.float32).tiny)
 
 
 def diversity(distances: np.ndarray, groups: Sequence[int]) -> float | None:

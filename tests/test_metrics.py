@@ -134,6 +134,9 @@ def test_distances_and_diversity_by_hand() -> None:
     found = metrics.feature_distances(features)
     np.testing.assert_allclose(found[0], [0, 1, 1 - 0.5**0.5, 1], atol=1e-12)
     assert np.isfinite(found).all()
+    others = pixels[1:]
+    np.testing.assert_allclose(metrics.pixel_distances(pixels, others), np.asarray(expected)[:, 1:])
+    np.testing.assert_array_equal(metrics.feature_distances(features, features[2:]), found[:, 2:])
     distances = np.asarray([[0, 1, 2], [1, 0, 4], [2, 4, 0.0]])
     assert metrics.diversity(distances, [5, 5, 5]) == pytest.approx(7 / 3)
     assert metrics.diversity(distances, [5, 6, 5]) == 2
