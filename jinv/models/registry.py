@@ -25,13 +25,45 @@ CIFAR10 = Preprocessing(size=32, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1
 class Package:
     """A file of weights inside an installable package.
 
-    `sha256` is the first eight hex digits, as file names of published weights carry them.
+    Attributes:
+      distribution: the package's name.
+      file: the file's, with as many of its folders as tell it from others.
+      sha256: its first eight hex digits, as file names of published weights carry them.
+      install: the command that installs it.
     """
 
     distribution: str
     file: str
     sha256: str
     install: str
+
+    def find(self, what: str) -> Path:
+        """Path of the installed file, checksum verified; the package is not imported.
+
+        Raises:
+          FileNotFoundError: `what` is not installed; says how to.
+          ValueError: it is damaged.
+        """
+        try:
+            files = importlib.metadata.files(self.distribution) or []
+        except importlib.metadata.PackageNotFoundError:
+            files = []
+        for file in files:
+            path = Path(str(file.locate()))
+            if file.match(self.file) and path.is_file():
+                check_sha256(path, self.sha256, f"reinstall it: {self.install}")
+                return path
+        raise FileNotFoundError(f"{what} are not installed: {self.install}")
+
+
+def check_sha256(path: Path, sha256: str, remedy: str) -> None:
+    """ValueError if the file's sha256 does not start with these digits."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if not digest.startswith(sha256):
+        raise ValueError(
+            f"{path} is damaged: its sha256 starts with {digest[:8]}, not {sha256}; {remedy}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,20 +207,4 @@ def packaged_weights(name: str) -> Path:
         raise ValueError(
             f"no package holds weights of {name}: give a file's path (packages exist for {offered})"
         )
-    try:
-        files = importlib.metadata.files(package.distribution) or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    for file in files:
-        if file.name == package.file:
-            path = Path(str(file.locate()))
-            if not path.is_file():
-                break
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            if not digest.startswith(package.sha256):
-                raise ValueError(
-                    f"{path} is damaged: its sha256 starts with {digest[:8]}, not "
-                    f"{package.sha256}; reinstall it: {package.install}"
-                )
-            return path
-    raise FileNotFoundError(f"the weights of {name} are not installed: {package.install}")
+    return package.find(f"the weights of {name}")
