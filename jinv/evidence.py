@@ -132,8 +132,12 @@ def with_parameters(variables: Variables, changed: Parameters) -> dict[Any, Any]
 
 def loss(net: Net, variables: Variables, images: Array, labels: Array, training: bool) -> Array:
     """Mean cross-entropy of normalised images (K, H, W, C) and label distributions (K, C)."""
-    log_probabilities = jax.nn.log_softmax(net.mode(training)(variables, images).logits)
-    return -(labels * log_probabilities).sum(-1).mean()
+    return cross_entropy(net.mode(training)(variables, images).logits, labels)
+
+
+def cross_entropy(logits: Array, labels: Array) -> Array:
+    """-mean_k sum_c y_kc log softmax(z_k)_c of logits z and label distributions y, both (K, C)."""
+    return -(labels * jax.nn.log_softmax(logits)).sum(-1).mean()
 
 
 def observed(

@@ -62,6 +62,8 @@ class Net:
         layer, in forward order; the order of `Outputs.moments`.
       train_apply: as `apply`, but BatchNorm layers normalise with the batch's own moments, as in
         training; dropout stays off. None if that is not known.
+      counts: shape of images -> n of every BatchNorm layer in forward order: how many values of a
+        channel its moments are of, images times pixels. Nothing is computed for it.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Net:
     classes: int
     statistics: tuple[tuple[Path, Path], ...]
     train_apply: Callable[[Variables, Array], Outputs] | None = None
+    counts: Callable[[tuple[int, ...]], tuple[int, ...]] | None = None
 
     def running_moments(self, variables: Variables | None = None) -> tuple[Moments, ...]:
         """Running mean and variance of every BatchNorm layer, in forward order."""
@@ -184,12 +187,14 @@ class _Record:
         self._trace = get_opaque_trace_state()
         self.statistics: list[tuple[Path, Path]] = []
         self.moments: list[Moments] = []
+        self.counts: list[int] = []
         self.features: Array | None = None
 
     def batch_norm(self, mean: Path, var: Path, inputs: Array) -> None:
         self._readable()
         self.statistics.append((mean, var))
         self.moments.append(batch_moments(inputs))
+        self.counts.append(inputs.size // inputs.shape[-1])
 
     def linear(self, inputs: Array) -> None:
         self._readable()
@@ -279,20 +284,23 @@ def _build(
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         return Outputs(logits, record.features, tuple(record.moments))
 
-    statistics: list[tuple[Path, Path]] = []
-
-    def trace(variables: Variables, images: Array) -> Array:
+    def traced(shape: tuple[int, ...]) -> tuple[Any, list[tuple[Path, Path]], list[int]]:
+        """Logits' shape, and statistics' paths and counts of every BatchNorm layer."""
         record = _Record()
-        logits = forward(variables, images, record)
-        statistics.extend(record.statistics)
-        return logits
 
-    size = preprocessing.size
-    images = jax.ShapeDtypeStruct((1, size, size, preprocessing.channels), jnp.float32)
-    logits = jax.eval_shape(trace, variables, images)
+        def trace(variables: Variables, images: Array) -> Array:
+            nonlocal record
+            record = _Record()
+            return forward(variables, images, record)
+
+        logits = jax.eval_shape(trace, variables, jax.ShapeDtypeStruct(shape, jnp.float32))
+        return logits, record.statistics, record.counts
+
+    shape = (1, preprocessing.size, preprocessing.size, preprocessing.channels)
+    logits, statistics, _ = traced(shape)
     if not hasattr(logits, "shape") or logits.ndim != 2 or logits.shape[0] != 1:
         raise ValueError(
-            f"{name} must return logits (batch, classes) for images {images.shape}; "
+            f"{name} must return logits (batch, classes) for images {shape}; "
             f"it returned {jax.tree.map(lambda leaf: leaf.shape, logits)}"
         )
     for mean, _ in statistics:
@@ -305,6 +313,7 @@ def _build(
         logits.shape[1],
         tuple(statistics),
         None if train_forward is None else functools.partial(recorded, train_forward),
+        lambda shape: tuple(traced(shape)[2]),
     )
 
 
