@@ -7,10 +7,22 @@ INSTALLED_DEV := $(VENV)/.installed-dev
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
 
-.PHONY: demo test test-all bench lint install install-dev clean
+.PHONY: demo data test test-all bench lint install install-dev clean
 
 demo: $(INSTALLED)  ## Invert a real pretrained network; pictures and a report in out/demo.
 	$(BIN)/python scripts/invert.py --config configs/demo.yaml --out out/demo --overwrite
+
+# Debian's package, unpacked rather than installed: needs apt-get and dpkg-deb, but not root.
+DATASETS := .cache/datasets
+FASHION_MNIST := $(DATASETS)/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz
+
+data: $(FASHION_MNIST)  ## FashionMNIST; or set JINV_DATA to the folder of its four files.
+
+$(FASHION_MNIST):
+	mkdir -p $(DATASETS)
+	cd $(DATASETS) && apt-get download dataset-fashion-mnist
+	dpkg-deb -x $(DATASETS)/dataset-fashion-mnist_*.deb $(DATASETS)
+	rm $(DATASETS)/dataset-fashion-mnist_*.deb
 
 test: lint  ## What CI runs.
 	$(BIN)/python -m pytest

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import DTypeLike
 from PIL import Image
 
 
@@ -76,6 +77,11 @@ def normalise(pixels: Array, preprocessing: Preprocessing) -> Array:
     return pixels * _like(preprocessing.scale, pixels) + _like(preprocessing.black, pixels)
 
 
+def from_bytes(images: Array, preprocessing: Preprocessing, dtype: DTypeLike = "float32") -> Array:
+    """Bytes (B, H, W, C or 1) to normalised images (B, H, W, C); gray becomes C equal channels."""
+    return normalise(jnp.asarray(images, dtype) / 255, preprocessing)
+
+
 def denormalise(images: Array, preprocessing: Preprocessing) -> Array:
     """Normalised images to pixels; inverse of `normalise`, not clipped."""
     return (images - _like(preprocessing.black, images)) / _like(preprocessing.scale, images)
@@ -111,6 +117,13 @@ def jitter(key: Array, images: Array, limit: int) -> Array:
 def flip(key: Array, images: Array, probability: float = 0.5) -> Array:
     """Mirror the whole batch horizontally with the given probability."""
     return jnp.where(jax.random.bernoulli(key, probability), images[:, :, ::-1], images)
+
+
+def random_crop(key: Array, images: Array, margin: int) -> Array:
+    """Add a margin of zeros and cut the whole batch back to its size at one uniform place."""
+    padded = jnp.pad(images, ((0, 0), (margin, margin), (margin, margin), (0, 0)))
+    top, left = jax.random.randint(key, (2,), 0, 2 * margin + 1)
+    return jax.lax.dynamic_slice(padded, (0, top, left, 0), images.shape)
 
 
 def downscale(images: Array, factor: int) -> Array:
