@@ -190,6 +190,8 @@ def build(name: str) -> nn.Module:
             return EfficientNetLite(name)
         if name == "resnet18_cifar":
             return CifarResNet((2, 2, 2, 2), (64, 128, 256, 512), "B")
+        if name == "resnet18_cifar_slim":
+            return CifarResNet((2, 2, 2, 2), (16, 32, 64, 128), "B")
         if name == "resnet34_cifar":
             return CifarResNet((3, 4, 6, 3), (64, 128, 256, 512), "B")
         if name == "resnet20_cifar":

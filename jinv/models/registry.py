@@ -137,6 +137,7 @@ _REGISTRY: dict[str, Entry] = {
     "efficientnet_lite1": _lite(240, 1.0, 1.1, 1, "77cc7160"),
     "efficientnet_lite2": _lite(260, 1.1, 1.2, 2, "9656183e"),
     "resnet18_cifar": _cifar((2, 2, 2, 2)),
+    "resnet18_cifar_slim": _cifar((2, 2, 2, 2), widths=(16, 32, 64, 128)),
     "resnet34_cifar": _cifar((3, 4, 6, 3)),
     "resnet20_cifar": _cifar((3, 3, 3), widths=(16, 32, 64), projection=False),
 }
