@@ -432,12 +432,4 @@ def prepare(recipe: Recipe) -> Inversion:
     Raises:
       ValueError: the mistake, in every process if one process has it.
     """
-    message, inversion = None, None
-    try:
-        inversion = Inversion(recipe)
-    except (ValueError, OSError, ImportError, jax.errors.JaxRuntimeError) as error:
-        message = str(error)
-    message = parallel.first_failure(message)
-    if inversion is None or message is not None:
-        raise ValueError(message)
-    return inversion
+    return parallel.everywhere(lambda: Inversion(recipe))

@@ -427,7 +427,7 @@ def _stepped(
     should_stop: Callable[[], bool],
 ) -> Advance:
     del chunk
-    compiled = _compile(step, clock, key, state, data)
+    compiled = compile_step(step, clock, key, state, data)
 
     def advance(state: State, count: int) -> tuple[State, Info]:
         infos = []
@@ -462,7 +462,7 @@ def _scanned(
 
         return lax.scan(body, state, jnp.arange(chunk))
 
-    compiled = _compile(steps, clock, key, state, data, jnp.asarray(0))
+    compiled = compile_step(steps, clock, key, state, data, jnp.asarray(0))
 
     def advance(state: State, count: int) -> tuple[State, Info]:
         state, infos = compiled(key, state, data, jnp.asarray(count))
@@ -471,7 +471,8 @@ def _scanned(
     return advance
 
 
-def _compile(function: Callable, clock: Clock, *args: Any) -> Callable:
+def compile_step(function: Callable, clock: Clock, *args: Any) -> Callable:
+    """Compile `(key, state, ...) -> (state, info)` for these arguments; calls take states over."""
     began = time.perf_counter()
     # The state must come out lying as it went in: the next call takes nothing else.
     state = jax.tree.map(lambda leaf: leaf.sharding, args[1])

@@ -12,13 +12,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+T = TypeVar("T")
 
 BATCH = "batch"
 
@@ -121,6 +123,23 @@ def on_main(function: Callable[[], None], error: type[Exception]) -> None:
         raise failure
     if message is not None:
         raise error(message.removeprefix("process 0: "))
+
+
+def everywhere(make: Callable[[], T]) -> T:
+    """What `make` returns, in every process or in none.
+
+    Raises:
+      ValueError: the mistake, in every process if one process has it.
+    """
+    message, made = None, None
+    try:
+        made = make()
+    except (ValueError, OSError, ImportError, jax.errors.JaxRuntimeError) as error:
+        message = str(error)
+    message = first_failure(message)
+    if made is None or message is not None:
+        raise ValueError(message)
+    return made
 
 
 def devices(count: int | None = None) -> list[jax.Device]:

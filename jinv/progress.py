@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
+import numpy as np
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -16,16 +17,32 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichProgress
 
-from jinv import optimise, parallel
+from jinv import parallel
 
 LINE_EVERY = 30.0
 """Seconds between lines where there is no terminal."""
 
 
+class Stage(Protocol):
+    """A stretch of a run, such as `optimise.Phase`: steps of the same cost."""
+
+    @property
+    def name(self) -> str:
+        """For logs."""
+
+    @property
+    def steps(self) -> int:
+        """Number of steps."""
+
+    @property
+    def cost(self) -> float:
+        """Of a step, relative to those of other stages."""
+
+
 class Progress:
     """Shows a run of these phases; a context manager."""
 
-    def __init__(self, phases: tuple[optimise.Phase, ...], console: Console | None = None) -> None:
+    def __init__(self, phases: Sequence[Stage], console: Console | None = None) -> None:
         self._phases = phases
         self._console = console or Console(stderr=True, quiet=not parallel.is_main())
         self._total = sum(phase.steps for phase in phases)
@@ -54,15 +71,21 @@ class Progress:
     ) -> None:
         self._bar.stop()
 
-    def update(self, chunk: optimise.Chunk) -> None:
-        """Show the state of a run after a chunk."""
-        count = len(chunk.metrics["loss"])
+    def update(self, index: int, start: int, metrics: Mapping[str, np.ndarray]) -> None:
+        """Show the state of a run after steps `start` and following of phase `index`.
+
+        Args:
+          index: of the phase.
+          start: number of the first of these steps, over all phases.
+          metrics: "loss" and other names -> their values at each of these steps.
+        """
+        count = len(metrics["loss"])
         if not count:
             return
-        done = chunk.start + count
-        phase = self._phases[chunk.phase]
-        left = _duration(self._rate.left(chunk.phase, count, done, self._phases))
-        terms = "  ".join(f"{name} {values[-1]:.4g}" for name, values in chunk.metrics.items())
+        done = start + count
+        phase = self._phases[index]
+        left = _duration(self._rate.left(index, count, done, self._phases))
+        terms = "  ".join(f"{name} {values[-1]:.4g}" for name, values in metrics.items())
         self._bar.update(self._task, completed=done, description=phase.name, left=left, terms=terms)
         now = time.monotonic()
         if self._bar.disable and (now - self._last_line > LINE_EVERY or done == self._total):
@@ -89,9 +112,7 @@ class _Rate:
         self._steps = 0
         self._since = time.monotonic()
 
-    def left(
-        self, phase: int, count: int, done: int, phases: tuple[optimise.Phase, ...]
-    ) -> float | None:
+    def left(self, phase: int, count: int, done: int, phases: Sequence[Stage]) -> float | None:
         """Seconds left, None while unknown; later phases at this one's rate times their cost."""
         now = time.monotonic()
         if phase != self._phase:

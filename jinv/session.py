@@ -3,7 +3,7 @@
 folder/
   config.yaml     what was run
   metrics.csv     every term at every step
-  scores.csv      what the judges said on the way
+  scores.csv      what the judges said on the way, or a trained network's test accuracy
   progress/       a picture grid every k steps
   checkpoints/    while the run is unfinished
   summary.json    written last: its presence means "finished"
@@ -39,7 +39,7 @@ from jinv.progress import Progress
 FOLDERS = ("checkpoints", "progress", "images")
 FILES = (
     *("summary.json", "metrics.csv", "scores.csv", "grid.png", "curves.svg", "report.html"),
-    "config.yaml",
+    *("weights.safetensors", "classes.txt", "config.yaml"),
 )
 """What a run writes into its folder."""
 
@@ -158,7 +158,7 @@ class Session:
         self,
         folder: str | Path,
         config: Mapping[str, Any],
-        options: Options,
+        options: Options = Options(),
         *,
         resume: bool = False,
         overwrite: bool = False,
@@ -186,7 +186,7 @@ class Session:
 
     @property
     def seconds(self) -> float:
-        """Time since `run` began, without the time between its sessions."""
+        """Time since the run began, without the time between its sessions."""
         return time.perf_counter() - self._began
 
     def read_summary(self) -> dict[str, Any]:
@@ -270,9 +270,13 @@ class Session:
         """
         total = sum(phase.steps for phase in phases)
         every = self.options
-        self._began = time.perf_counter()
-        with self._manager() as manager, _Signals() as stopping, Progress(phases) as progress:
-            resume = self._restore(manager, phases, images)
+        with self.checkpoints() as manager, Signals() as stopping, Progress(phases) as progress:
+            restored = self.restore(
+                manager, lambda meta: optimise.abstract_state(phases[meta["phase"]], images)
+            )
+            resume = None
+            if restored is not None:
+                resume = restored[0]["phase"], optimise.State(*restored[1])
 
             latest: list[optimise.Chunk] = []
 
@@ -286,7 +290,7 @@ class Session:
                 for i in range(count):
                     row = {name: float(values[i]) for name, values in chunk.metrics.items()}
                     self.metrics.add(step=chunk.start + i, phase=chunk.phase, **row)
-                progress.update(chunk)
+                progress.update(chunk.phase, chunk.start, chunk.metrics)
                 show = _crossed(chunk.start, done, every.pictures_every)
                 judge = _crossed(chunk.start, done, every.scores_every) and done < total
                 if show or judge:
@@ -307,7 +311,7 @@ class Session:
                 if not chunk.finite:
                     return  # a checkpoint of it would replace the last good one
                 if stopping() or _crossed(chunk.start, done, every.checkpoint_every):
-                    self._save(manager, chunk)
+                    self._save_chunk(manager, chunk)
 
             try:
                 state = optimise.run(
@@ -323,18 +327,21 @@ class Session:
                     should_stop=stopping,
                 )
             finally:
-                self._save_logs()
+                self.save_logs()
             if stopping():
                 # It may have come to another process.
                 self.interrupted = stopping.number or signal.SIGTERM
             if self.interrupted and not self._ended:
-                self._save(manager, latest[0])  # the signal may have come after the callback
-                raise Interrupted(
-                    f"{self.folder}: stopped at step {int(parallel.fetch(state.step))} of {total}; "
-                    "go on with --resume",
-                    self.interrupted,
-                )
+                # The signal may have come after the callback.
+                self._save_chunk(manager, latest[0])
+                raise self.stopped(self.interrupted, int(parallel.fetch(state.step)), total)
             return state
+
+    def stopped(self, number: int, step: int, total: int) -> Interrupted:
+        """What to raise when a signal has stopped the run at this step, after a checkpoint."""
+        return Interrupted(
+            f"{self.folder}: stopped at step {step} of {total}; go on with --resume", number
+        )
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the summary, which marks the run as finished, and drop the checkpoints."""
@@ -343,7 +350,9 @@ class Session:
         self.finished = True
 
     @contextmanager
-    def _manager(self) -> Iterator[ocp.CheckpointManager]:
+    def checkpoints(self) -> Iterator[ocp.CheckpointManager]:
+        """Within, states can be saved and restored; the run's time begins here."""
+        self._began = time.perf_counter()
         options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
         manager = ocp.CheckpointManager(self._checkpoints.resolve(), options=options)
         try:
@@ -352,29 +361,54 @@ class Session:
             manager.wait_until_finished()
             manager.close()
 
-    def _save(self, manager: ocp.CheckpointManager, chunk: optimise.Chunk) -> None:
-        step = chunk.start + len(chunk.metrics["loss"])
+    def save(self, manager: ocp.CheckpointManager, step: int, state: Any, **meta: Any) -> None:
+        """Save the logs and the state after `step` steps, once; `meta` are plain values."""
         if step == self._saved:
             return
         # The logs first: rows beyond the checkpoint are dropped on resuming, missing ones are not
         # made again.
-        self._save_logs()
-        meta = {
-            "phase": chunk.phase,
-            "seconds": self.seconds,
-            "clock": dataclasses.asdict(self.clock),
-        }
+        self.save_logs()
+        told = {**meta, "seconds": self.seconds, "clock": dataclasses.asdict(self.clock)}
         manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(chunk.state), meta=ocp.args.JsonSave(meta)
+                state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(told)
             ),
         )
         # The next step donates the state's buffers.
         manager.wait_until_finished()
         self._saved = step
 
-    def _save_logs(self) -> None:
+    def restore(
+        self, manager: ocp.CheckpointManager, template: Callable[[Mapping[str, Any]], Any]
+    ) -> tuple[dict[str, Any], Any] | None:
+        """The meta and the state that were saved last, with logs and clock; None to start afresh.
+
+        Args:
+          manager: of `checkpoints`.
+          template: meta -> the state's shapes, types and shardings.
+        """
+        step = manager.latest_step() if self._resume else None
+        if step is None:
+            return None
+        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        restored = manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template(meta)))
+        )
+        self.clock = optimise.Clock(**meta["clock"])
+        self._began -= meta["seconds"]
+        self.metrics.restore(step)
+        self.scores.restore(step + 1)
+        self._saved = step
+        return meta, restored["state"]
+
+    def _save_chunk(self, manager: ocp.CheckpointManager, chunk: optimise.Chunk) -> None:
+        step = chunk.start + len(chunk.metrics["loss"])
+        self.save(manager, step, chunk.state, phase=chunk.phase)
+
+    def save_logs(self) -> None:
+        """Write the logs as they are."""
+
         def save() -> None:
             self.metrics.save()
             if self.scores.rows:
@@ -382,31 +416,13 @@ class Session:
 
         parallel.on_main(save, SessionError)
 
-    def _restore(
-        self, manager: ocp.CheckpointManager, phases: tuple[optimise.Phase, ...], images: Array
-    ) -> tuple[int, optimise.State] | None:
-        step = manager.latest_step() if self._resume else None
-        if step is None:
-            return None
-        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        template = optimise.abstract_state(phases[meta["phase"]], images)
-        restored = manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template))
-        )
-        self.clock = optimise.Clock(**meta["clock"])
-        self._began -= meta["seconds"]
-        self.metrics.restore(step)
-        self.scores.restore(step + 1)
-        self._saved = step
-        return meta["phase"], optimise.State(*restored["state"])
-
 
 def _crossed(start: int, done: int, every: int) -> bool:
     """Whether a multiple of `every` lies in (start, done]."""
     return every > 0 and done // every > start // every
 
 
-class _Signals:
+class Signals:
     """Within, the first SIGTERM or Ctrl-C only asks to stop; the second acts as usual."""
 
     def __init__(self) -> None:
@@ -419,7 +435,7 @@ class _Signals:
         self._agreed = self._agreed or parallel.any_process(self.number != 0)
         return self._agreed
 
-    def __enter__(self) -> _Signals:
+    def __enter__(self) -> Signals:
         # Python handles signals in the main thread only; elsewhere they act as usual.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):

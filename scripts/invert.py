@@ -55,51 +55,23 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import jax
-
+from jinv import command, parallel, session, study
 from jinv import config as configs
-from jinv import optimise, parallel, session, study
 from jinv.inversion import Recipe, prepare, recipe_from
 
 
 def parse(
     arguments: Sequence[str] | None = None,
 ) -> tuple[Recipe, dict[str, Any], argparse.Namespace]:
-    """Command line -> (recipe with overrides, its variants, the script's own flags)."""
-    import tyro
-
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False
-    )
-    parser.add_argument("--config", type=Path, metavar="FILE")
-    parser.add_argument("--out", type=Path, metavar="FOLDER")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run")
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
-    parser.add_argument("--processes", type=int, metavar="N", help="how many run this command")
-    parser.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0")
-    args, rest = parser.parse_known_args(arguments)
-    wants_help = {"-h", "--help"} & set(rest)
-    if args.config is None:
-        parser.print_help()
-        sys.exit(0 if wants_help else 2)
-    if args.out is None and not wants_help:
-        parser.error("--out FOLDER is missing")
+    """Command line -> (recipe with overrides, its variants, the command's own flags)."""
+    args, rest = command.flags(str(__doc__), arguments)
     tree = configs.read_yaml(args.config)
     variants = tree.pop("variants", None) or {}
     if not isinstance(variants, dict) or not all(isinstance(v, dict) for v in variants.values()):
         raise configs.ConfigError("variants must map names to the keys that are different")
-    recipe = tyro.cli(
-        Recipe,
-        default=recipe_from(tree),
-        args=rest,
-        prog=f"invert.py --config {args.config} --out FOLDER",
-        description="Overrides of the config.",
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    recipe = command.override(recipe_from(tree), args, rest)
     return recipe, {str(name): changes for name, changes in variants.items()}, args
 
 
@@ -126,29 +98,14 @@ def invert(recipe: Recipe, variants: dict[str, Any], args: argparse.Namespace) -
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    try:
+
+    def everything() -> None:
         recipe, variants, args = parse(arguments)
         parallel.start(args.coordinator, args.processes, args.process_id)
         invert(recipe, variants, args)
-    except session.Interrupted as stop:
-        print(stop, file=sys.stderr)
-        return 128 + stop.signal
-    except KeyboardInterrupt:
-        print("stopped; go on with --resume", file=sys.stderr)
-        return 130
-    except optimise.NonFiniteError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
-    except (ValueError, OSError, ImportError, session.SessionError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except jax.errors.JaxRuntimeError as error:
-        advice = ""
-        if "RESOURCE_EXHAUSTED" in str(error):
-            advice = " Try --execution.images-at-once, --execution.networks-at-once 1, fewer images"
-        print(f"error: the device failed: {str(error).splitlines()[0]}{advice}", file=sys.stderr)
-        return 4
-    return 0
+
+    less = "--execution.images-at-once, --execution.networks-at-once 1, fewer images"
+    return command.run(everything, less)
 
 
 if __name__ == "__main__":

@@ -274,7 +274,10 @@ def test_signals_save_a_checkpoint(
     assert images(out) == images(finished)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+CONFIGS = (path for path in (ROOT / "configs").glob("*.yaml") if "pretrain" not in path.stem)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS), ids=lambda p: p.stem)
 def test_every_config_reads_and_says_what_it_reproduces(path: Path) -> None:
     tree = configs.read_yaml(path)
     variants = tree.pop("variants", {})
@@ -307,12 +310,12 @@ def test_a_signal_right_after_a_chunk_loses_nothing(
     """The callback has not heard of it yet, the loop has."""
     out, asked = tmp_path / "out", []
 
-    def heard(self: session._Signals) -> bool:
+    def heard(self: session.Signals) -> bool:
         asked.append(True)
         return len(asked) >= 2
 
     with monkeypatch.context() as patch:
-        patch.setattr(session._Signals, "__call__", heard)
+        patch.setattr(session.Signals, "__call__", heard)
         args = ("--run.loop", "scan", "--run.checkpoint-every", 1000)
         assert run("--config", recipe, "--out", out, *args) == 143
     assert (out / "checkpoints" / "2").is_dir()
