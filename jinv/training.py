@@ -1,0 +1,348 @@
+"""Supervised training of a network as PyTorch does it: `Config`, `State`, `Info`, `init`, `step`.
+
+`init` and `step` are pure; they never jit, print or read files. `run` is the place with jit and
+the loop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jinv import evidence, image, optimise, parallel
+from jinv.data import Dataset
+from jinv.net import Moments, Net, Outputs, Variables
+
+CHUNK = 10
+"""Steps between two looks of the host at the device."""
+_BATCH = PartitionSpec(parallel.BATCH)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The mathematics of a training run; every epoch drops the images that fill no batch.
+
+    Attributes:
+      epochs: passes over the images.
+      batch: images a step.
+      optimiser: "sgd", torch.optim.SGD; or "adam", torch.optim.AdamW.
+      lr: highest learning rate: it rises linearly for `warmup` steps and falls to `lr_floor` times
+        as much with a cosine.
+      momentum, nesterov: of "sgd".
+      weight_decay: of all parameters; with "sgd" it is added to the gradient, with "adam" it is
+        decoupled from it.
+      warmup: in steps.
+      lr_floor: share of the learning rate at the end.
+      label_smoothing: share of every label that goes to all classes alike.
+      flip: mirror every image with probability 1/2.
+      crop: pixels of black margin that every image may be moved into, at random.
+      statistics_momentum: weight of a batch in the running statistics, torch's `momentum`.
+    """
+
+    epochs: int = 3
+    batch: int = 128
+    optimiser: Literal["sgd", "adam"] = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+    warmup: int = 100
+    lr_floor: float = 0.0
+    label_smoothing: float = 0.0
+    flip: bool = False
+    crop: int = 0
+    statistics_momentum: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch < 1 or self.lr <= 0:
+            raise ValueError("epochs, batch and lr must be positive")
+        if min(self.weight_decay, self.warmup, self.lr_floor, self.crop) < 0:
+            raise ValueError("weight_decay, warmup, lr_floor and crop must not be negative")
+        if not (0 <= self.label_smoothing < 1 and 0 <= self.momentum < 1):
+            raise ValueError("label_smoothing and momentum must be at least 0 and below 1")
+        if not 0 < self.statistics_momentum <= 1:
+            raise ValueError("statistics_momentum must be above 0 and at most 1")
+        if self.nesterov and not self.momentum and self.optimiser == "sgd":
+            raise ValueError("nesterov needs a momentum")
+
+
+class State(NamedTuple):
+    """What the next step needs.
+
+    Attributes:
+      variables: all of the network's: parameters, running statistics, counters.
+      optimiser: optax state of the parameters.
+      step: steps done.
+    """
+
+    variables: Variables
+    optimiser: optax.OptState
+    step: Array
+
+
+class Info(NamedTuple):
+    """What a person reads of one step: of its batch, before the update.
+
+    Attributes:
+      loss: mean cross-entropy.
+      accuracy: share of the batch that is given its class.
+    """
+
+    loss: Array
+    accuracy: Array
+
+
+Step = Callable[[Array, State, Array, Array], tuple[State, Info]]
+"""(key, state, bytes (B, H, W, 1 or C), labels (B,)) -> (state, info)."""
+
+
+def make_optimiser(config: Config, steps: int) -> optax.GradientTransformation:
+    """The optimiser of a run of so many steps."""
+    schedule = optimise.warm_cosine(config.lr, config.warmup, steps, config.lr_floor)
+    if config.optimiser == "adam":
+        return optax.adamw(schedule, weight_decay=config.weight_decay)
+    return optax.chain(
+        optax.add_decayed_weights(config.weight_decay),
+        optax.sgd(schedule, config.momentum, config.nesterov),
+    )
+
+
+def init(net: Net, optimiser: optax.GradientTransformation) -> State:
+    """The state before the first step, in arrays of its own: steps take over their buffers."""
+    variables = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), dict(net.variables))
+    parameters = evidence.parameters(net, variables)
+    return State(variables, optimiser.init(parameters), jnp.zeros((), jnp.int32))
+
+
+def make_step(net: Net, config: Config, optimiser: optax.GradientTransformation) -> Step:
+    """One step on a batch, BatchNorm in training mode: with the moments of the whole batch.
+
+    Randomness of step t comes from `fold_in(key, t)` alone.
+
+    Raises:
+      ValueError: the network has no training mode.
+    """
+    forward = net.mode(training=True)
+
+    def step(key: Array, state: State, images: Array, labels: Array) -> tuple[State, Info]:
+        before = evidence.parameters(net, state.variables)
+        images = augment(jax.random.fold_in(key, state.step), images, config)
+        seen = image.from_bytes(
+            images, net.preprocessing, jnp.result_type(*jax.tree.leaves(before))
+        )
+        smoothing = config.label_smoothing
+        targets = (1 - smoothing) * jax.nn.one_hot(labels, net.classes) + smoothing / net.classes
+
+        def loss(parameters: evidence.Parameters) -> tuple[Array, Outputs]:
+            outputs = forward(evidence.with_parameters(state.variables, parameters), seen)
+            return evidence.cross_entropy(outputs.logits, targets), outputs
+
+        (value, outputs), gradient = jax.value_and_grad(loss, has_aux=True)(before)
+        updates, optimiser_state = optimiser.update(gradient, state.optimiser, before)
+        learned = evidence.with_parameters(state.variables, optax.apply_updates(before, updates))
+        variables = with_statistics(
+            net, learned, outputs.moments, seen.shape, config.statistics_momentum
+        )
+        accuracy = (outputs.logits.argmax(-1) == labels).mean()
+        return State(variables, optimiser_state, state.step + 1), Info(value, accuracy)
+
+    return step
+
+
+def augment(key: Array, images: Array, config: Config) -> Array:
+    """Every image of a batch of bytes (B, H, W, C) cropped and mirrored for itself."""
+    if not config.crop and not config.flip:
+        return images
+
+    def one(key: Array, picture: Array) -> Array:
+        crop_key, flip_key = jax.random.split(key)
+        batch = picture[None]
+        if config.crop:
+            batch = image.random_crop(crop_key, batch, config.crop)
+        if config.flip:
+            batch = image.flip(flip_key, batch)
+        return batch[0]
+
+    return jax.vmap(one)(jax.random.split(key, len(images)), images)
+
+
+def with_statistics(
+    net: Net,
+    variables: Variables,
+    moments: Sequence[Moments],
+    shape: tuple[int, ...],
+    momentum: float,
+) -> Variables:
+    """The variables after BatchNorm layers saw a batch: r <- (1 - m) r + m b, as torch does it.
+
+    b is the batch's mean, and its unbiased variance, n / (n - 1) times the biased one.
+
+    Args:
+      net: the network.
+      variables: its variables before.
+      moments: of the batch, biased variances.
+      shape: of the batch of images, which decides n.
+      momentum: m.
+
+    Raises:
+      ValueError: a layer sees one value a channel, which has no variance.
+    """
+    assert net.counts is not None
+    layers = zip(net.statistics, moments, net.counts(shape), strict=True)
+    for i, (paths, seen, n) in enumerate(layers):
+        if n < 2:
+            raise ValueError(f"BatchNorm cannot learn from one value a channel: images {shape}")
+        old = net.running_moments(variables)[i]  # one layer after the other: one may come twice
+        new = Moments(seen.mean, seen.var * (n / (n - 1)))
+        for path, before, now in zip(paths, old, new, strict=True):
+            changed: Any = (1 - momentum) * before + momentum * now
+            for key in reversed(path):
+                changed = {key: changed}
+            variables = evidence.with_parameters(variables, changed)
+    return _counted(variables)
+
+
+def _counted(tree: Variables) -> dict[Any, Any]:
+    """One more batch in every `num_batches_tracked`."""
+    return {
+        key: _counted(value)
+        if isinstance(value, Mapping)
+        else value + (key == "num_batches_tracked")
+        for key, value in tree.items()
+    }
+
+
+def batches(key: Array, images: int, batch: int, start: int = 0) -> Iterator[np.ndarray]:
+    """Indices of every step's images from step `start` on, without end.
+
+    An epoch's order is a permutation that the key and the epoch's number decide; what is left over
+    at its end fills no batch and is dropped.
+    """
+    steps = images // batch
+    if not steps:
+        raise ValueError(f"{images} images fill no batch of {batch}")
+    for epoch in itertools.count(start // steps):
+        order = np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), images))
+        for i in range(start % steps if epoch == start // steps else 0, steps):
+            yield order[i * batch : (i + 1) * batch]
+
+
+def batch_mesh(batch: int) -> Mesh:
+    """As many devices as share a batch evenly."""
+    count = len(parallel.devices())
+    even = max(n for n in range(1, count + 1) if batch % n == 0)
+    chosen = parallel.devices()[:even]
+    parallel.check_all_take_part(chosen)
+    return parallel.mesh(parallel.BATCH, chosen)
+
+
+Callback = Callable[[int, Mapping[str, np.ndarray], State], None]
+"""(number of the first step told here, {"loss", "accuracy"} -> (n,) values, state after them)."""
+
+
+def run(
+    net: Net,
+    config: Config,
+    key: Array,
+    dataset: Dataset,
+    *,
+    mesh: Mesh,
+    state: State | None = None,
+    callback: Callback = lambda start, metrics, state: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    clock: optimise.Clock | None = None,
+) -> State:
+    """Train; returns the last state. The result does not depend on where a run was cut.
+
+    Args:
+      net: the network, with the weights to begin with.
+      config: of the training.
+      key: of the run.
+      dataset: images of the size that the network takes, gray or of its channels.
+      mesh: of the devices that share a batch, see `batch_mesh`.
+      state: to go on from; taken over. See `abstract_state`.
+      callback: called at least once an epoch, and every `CHUNK` steps. The state can be read until
+        the next step.
+      should_stop: asked after every callback; once it is true, `run` returns.
+      clock: told where the time went.
+
+    Raises:
+      optimise.NonFiniteError: after the callback has seen the finite steps.
+    """
+    clock = clock or optimise.Clock()
+    per_epoch = len(dataset) // config.batch
+    optimiser = make_optimiser(config, config.epochs * per_epoch)
+    if state is None:
+        state = parallel.put(mesh, PartitionSpec(), init(net, optimiser))
+    order_key, step_key = jax.random.split(key)
+    done = int(parallel.fetch(state.step))
+    order = batches(order_key, len(dataset), config.batch, done)
+    if done < config.epochs * per_epoch:
+        step = make_step(net, config, optimiser)
+        spread = NamedSharding(mesh, _BATCH)
+        examples = (
+            jax.ShapeDtypeStruct((config.batch, *array.shape[1:]), array.dtype, sharding=spread)
+            for array in (dataset.images, dataset.labels)
+        )
+        compiled = optimise.compile_step(step, clock, step_key, state, *examples)
+    while done < config.epochs * per_epoch:
+        began = time.perf_counter()
+        infos = []
+        for chosen in itertools.islice(order, min(CHUNK, per_epoch - done % per_epoch)):
+            examples = parallel.put(mesh, _BATCH, (dataset.images[chosen], dataset.labels[chosen]))
+            state, info = compiled(step_key, state, *examples)
+            infos.append(info)
+        stacked = jax.tree.map(lambda *values: np.stack(values), *jax.device_get(infos))
+        clock.stepping += time.perf_counter() - began
+        clock.steps += len(infos)
+        finite = int(np.cumprod(np.isfinite(stacked.loss)).sum())
+        callback(done, {k: v[:finite] for k, v in stacked._asdict().items()}, state)
+        if finite < len(infos):
+            raise optimise.NonFiniteError("loss", done + finite)
+        done += len(infos)
+        if should_stop():
+            break
+    return state
+
+
+def abstract_state(net: Net, config: Config, mesh: Mesh) -> State:
+    """Shapes, types and shardings of a run's states, to restore a checkpoint into."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
+        jax.eval_shape(lambda: init(net, make_optimiser(config, 1))),
+    )
+
+
+def make_accuracy(net: Net, mesh: Mesh, batch: int) -> Callable[[Variables, Dataset], float]:
+    """A compiled `(variables, dataset) -> share of the images that are given their class`."""
+
+    @jax.jit
+    def right(variables: Variables, images: Array, labels: Array) -> Array:
+        logits = net.apply(variables, image.from_bytes(images, net.preprocessing)).logits
+        return (logits.argmax(-1) == labels).sum()
+
+    def accuracy(variables: Variables, dataset: Dataset) -> float:
+        count = 0
+        for start in range(0, len(dataset), batch):
+            images = dataset.images[start : start + batch]
+            labels = dataset.labels[start : start + batch]
+            missing = batch - len(images)  # the last batch runs the same program
+            images = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))
+            labels = np.pad(labels, (0, missing), constant_values=-1)
+            count += int(
+                parallel.fetch(right(variables, *parallel.put(mesh, _BATCH, (images, labels))))
+            )
+        return count / len(dataset)
+
+    return accuracy

@@ -1,0 +1,278 @@
+"""`scripts/pretrain.py` as its user meets it: files, refusals, interruption and resuming."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import hashlib
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+import weights_convert
+from conftest import CACHE, ROOT
+from jinv import config as configs
+from jinv import data, image, models, pretraining, session, training
+from jinv.data import Dataset
+from jinv.models import registry, resnet_cifar
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import pretrain  # a script: found through the path above
+
+SUMMARY_KEYS = {
+    *("model", "data", "classes", "preprocessing", "device", "epochs", "steps", "images"),
+    *("test_images", "test_accuracy", "train_accuracy", "train_loss", "seconds"),
+    *("seconds_per_step", "compile_seconds", "files", "versions"),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small() -> Any:
+    """A network of the zoo that compiles in a second."""
+    build = functools.partial(resnet_cifar.ResNet, (1, 1), widths=(4, 8))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(registry._REGISTRY, "small", registry.Entry(build, registry.CIFAR10, 10))
+        yield
+
+
+def write_idx(folder: Path, split: str, count: int) -> None:
+    """Gray 8 px images whose brightness tells one of three classes."""
+    rng = np.random.default_rng(count)
+    labels = (np.arange(count) % 3).astype(np.uint8)
+    images = (rng.integers(0, 60, (count, 8, 8)) + 80 * labels[:, None, None]).astype(np.uint8)
+    for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+        header = struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+        (folder / f"{split}-{kind}-ubyte").write_bytes(header + array.tobytes())
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipe")
+    write_idx(folder, "train", 50)
+    write_idx(folder, "t10k", 20)
+    return write(folder, {})
+
+
+def write(folder: Path, change: dict[str, Any]) -> Path:
+    """A recipe of three epochs of six steps, on the images in this folder."""
+    tree: dict[str, Any] = {
+        "model": "small",
+        "data": {"format": "idx", "folder": str(folder)},
+        "training": {"epochs": 3, "batch": 8, "warmup": 3, "lr": 0.05, "flip": True},
+    }
+    path = folder / f"recipe{len(list(folder.glob('*.yaml')))}.yaml"
+    path.write_text(yaml.safe_dump(tree | change))
+    return path
+
+
+def run(*args: Any) -> int:
+    return pretrain.main([str(arg) for arg in args])
+
+
+@pytest.fixture(scope="module")
+def finished(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("finished") / "out"
+    assert run("--config", recipe, "--out", out) == 0
+    return out
+
+
+def test_writes_what_it_promises(finished: Path, recipe: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    assert set(summary) == SUMMARY_KEYS
+    for name, told in summary["files"].items():
+        assert hashlib.sha256((finished / name).read_bytes()).hexdigest() == told
+    assert (finished / "classes.txt").read_text() == "0\n1\n2\n"
+    assert [summary[key] for key in ("epochs", "steps", "images", "test_images")] == [3, 18, 50, 20]
+    rows = list(csv.DictReader((finished / "metrics.csv").open()))
+    assert [int(row["step"]) for row in rows] == list(range(18))
+    last = [float(row["loss"]) for row in rows[-6:]]
+    assert summary["train_loss"] == pytest.approx(np.mean(last), rel=1e-6)
+    scores = list(csv.DictReader((finished / "scores.csv").open()))
+    assert [int(row["step"]) for row in scores] == [6, 12, 18]
+    assert float(scores[-1]["test_accuracy"]) == summary["test_accuracy"]
+    assert b"<svg" in (finished / "curves.svg").read_bytes()
+    assert not (finished / "checkpoints").exists()
+
+
+def test_the_network_comes_back(finished: Path, recipe: Path) -> None:
+    """From torch's names, with the preprocessing measured; as accurate as the summary says."""
+    state = weights_convert.read(finished / "weights.safetensors")
+    assert state["layer2.0.shortcut.1.running_var"].shape == (8,)
+    assert state["bn1.num_batches_tracked"] == 18
+    net = pretraining.load(finished)
+    images = data.idx(recipe.parent, "train").images / 255
+    assert net.preprocessing.size == 8
+    np.testing.assert_allclose(net.preprocessing.mean, [images.mean()] * 3, atol=5.1e-5)
+    np.testing.assert_allclose(net.preprocessing.std, [images.std()] * 3, atol=5.1e-5)
+    test = data.idx(recipe.parent, "test")
+    logits = net(image.from_bytes(test.images, net.preprocessing)).logits
+    right = np.mean(np.asarray(logits).argmax(-1) == test.labels)
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["test_accuracy"] == pytest.approx(right)
+    assert right > 0.5  # a third by chance
+    with pytest.raises(ValueError, match="no trained network"):
+        pretraining.load(recipe.parent)
+
+
+def test_preprocessing_is_measured_channel_by_channel() -> None:
+    images = np.random.default_rng(0).integers(0, [50, 150, 256], (1030, 6, 6, 3), np.uint8)
+    found = pretraining.measured(images, 3)
+    pixels = images / 255
+    np.testing.assert_allclose(found.mean, pixels.mean((0, 1, 2)), atol=5.1e-5)
+    np.testing.assert_allclose(found.std, pixels.std((0, 1, 2)), atol=5.1e-5)
+    assert found.size == 6
+    with pytest.raises(ValueError, match="std"):
+        pretraining.measured(np.full((2, 4, 4, 1), 7, np.uint8), 3)
+
+
+def test_a_finished_run_is_not_replaced_silently(
+    finished: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (finished / "weights.safetensors").read_bytes()
+    assert run("--config", recipe, "--out", finished) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert run("--config", recipe, "--out", finished, "--resume") == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert run("--config", recipe, "--out", finished, "--overwrite") == 0
+    assert (finished / "weights.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("asked", [1, 3, 7])
+def test_stopped_and_resumed_equals_uninterrupted(
+    tmp_path: Path, recipe: Path, finished: Path, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal in the first epoch, at the end of it, in the second; the very same weights."""
+    monkeypatch.setattr(training, "CHUNK", 2)
+    out, answers = tmp_path / "out", []
+
+    def heard(self: session.Signals) -> bool:
+        answers.append(True)
+        return len(answers) >= asked
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session.Signals, "__call__", heard)
+        assert run("--config", recipe, "--out", out) == 143
+    assert (out / "checkpoints" / str(2 * asked)).is_dir()
+    assert not (out / "summary.json").exists()
+    assert run("--config", recipe, "--out", out) == 2
+    assert run("--config", recipe, "--out", out, "--resume", "--seed", 1) == 2
+    assert run("--config", recipe, "--out", out, "--resume") == 0
+    for file in ("weights.safetensors", "metrics.csv", "scores.csv"):
+        assert (out / file).read_bytes() == (finished / file).read_bytes(), file
+
+
+@pytest.mark.slow
+def test_sigterm_saves_a_checkpoint(tmp_path: Path, recipe: Path) -> None:
+    """A real signal to a real process."""
+    long = {"model": "resnet20_cifar", "training": {"epochs": 10_000, "batch": 8}}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(CACHE)}
+    out = tmp_path / "out"
+    script = ROOT / "scripts" / "pretrain.py"
+    process = subprocess.Popen(
+        [sys.executable, script, "--config", write(recipe.parent, long), "--out", out],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 300
+    while not list(out.glob("checkpoints/*/_CHECKPOINT_METADATA")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 143, errors
+    assert "go on with --resume" in errors
+    assert list(out.glob("checkpoints/*/state"))
+
+
+def test_a_subset_that_the_seed_decides(recipe: Path) -> None:
+    def images(**change: Any) -> Dataset:
+        tree = configs.read_yaml(recipe)
+        return pretraining.prepare(configs.build(pretraining.Recipe, tree | change)).train
+
+    whole = {one.tobytes() for one in images().images}
+    first, again, other = (images(train_images=20, seed=seed) for seed in (3, 3, 4))
+    assert len(first) == 20
+    assert {one.tobytes() for one in first.images} <= whole
+    assert len({one.tobytes() for one in first.images}) == 20
+    np.testing.assert_array_equal(first.images, again.images)
+    assert not np.array_equal(first.images, other.images)
+    for one, label in zip(first.images, first.labels, strict=True):
+        assert one.mean() // 80 == label
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "resnet51"}, "resnet51"),
+        ({"modle": "small"}, "modle"),
+        ({"data": {"format": "idx", "folder": "/nowhere"}}, "/nowhere"),
+        ({"data": {"format": "mnist"}}, "mnist"),
+        ({"size": 16}, "size"),
+        ({"train_images": 51}, "train_images must be 1 to 50"),
+        ({"training": {"batch": 51}}, "50 images fill no batch of 51"),
+        ({"training": {"lr": -1}}, "lr"),
+        ({"training": {"optimiser": "lion"}}, "optimiser"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_written(
+    tmp_path: Path,
+    recipe: Path,
+    change: dict[str, Any],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    assert run("--config", write(recipe.parent, change), "--out", out) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not out.exists()
+
+
+def test_splits_must_go_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from PIL import Image
+
+    for split, classes in (("train", "ab"), ("test", "ac")):
+        for name in classes:
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (40, 40), "red").save(tmp_path / split / name / "0.png")
+    path = write(tmp_path, {"data": {"format": "images", "folder": str(tmp_path)}, "size": 8})
+    assert run("--config", path, "--out", tmp_path / "out") == 2
+    assert "a, c are not those of the training images: a, b" in capsys.readouterr().err
+
+
+def test_a_loss_that_explodes_ends_the_run(
+    tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    flags = ("--training.lr", 1e25, "--training.warmup", 0)
+    assert run("--config", recipe, "--out", out, *flags) == 3
+    assert "not finite" in capsys.readouterr().err
+    assert not (out / "weights.safetensors").exists()
+    assert (out / "metrics.csv").exists()
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs").glob("pretrain_*.yaml")), ids=lambda p: p.stem
+)
+def test_every_config_reads_and_says_what_it_reproduces(path: Path) -> None:
+    recipe = configs.build(pretraining.Recipe, configs.read_yaml(path))
+    assert recipe.model in models.names()
+    header = path.read_text().split("model:")[0]
+    for word in ("Paper:", "Command:", "Hardware:", "Expected:"):
+        assert word in header
+    assert "MINUTES" not in header
+    assert "EXPECTED" not in header
