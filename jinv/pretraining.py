@@ -108,18 +108,18 @@ class Pretraining:
         stage = _Training("training", total)
         with run.checkpoints() as manager, session.Signals() as stopping, Progress([stage]) as bar:
 
-            def callback(start: int, metrics: Mapping[str, np.ndarray], state: Any) -> None:
+            def callback(
+                start: int, metrics: Mapping[str, np.ndarray], state: training.State | None
+            ) -> None:
                 bar.update(0, start, metrics)
                 done = start
                 for loss, share in zip(metrics["loss"], metrics["accuracy"], strict=True):
                     run.metrics.add(step=done, loss=float(loss), accuracy=float(share))
                     done += 1
-                ended = done % per_epoch == 0 and done > start
-                if ended:
+                if state is not None and done % per_epoch == 0:
                     found = {"test_accuracy": accuracy(state.variables, self.test)}
                     run.scores.add(step=done, **found)
                     bar.say(done, found)
-                if ended or stopping():
                     run.save(manager, done, state)
 
             restored = run.restore(
@@ -141,6 +141,7 @@ class Pretraining:
                 run.save_logs()
             done = int(parallel.fetch(state.step))
             if done < total:
+                run.save(manager, done, state)
                 raise run.stopped(stopping.number or signal.SIGTERM, done, total)
         variables = jax.tree.map(parallel.fetch, state.variables)
         summary: dict[str, Any] = {}

@@ -246,8 +246,11 @@ def batch_mesh(batch: int) -> Mesh:
     return parallel.mesh(parallel.BATCH, chosen)
 
 
-Callback = Callable[[int, Mapping[str, np.ndarray], State], None]
-"""(number of the first step told here, {"loss", "accuracy"} -> (n,) values, state after them)."""
+Callback = Callable[[int, Mapping[str, np.ndarray], State | None], None]
+"""(number of the first step told here, {"loss", "accuracy"} -> (n,) values, state after them).
+
+There is no state after a loss that is not finite.
+"""
 
 
 def run(
@@ -306,7 +309,8 @@ def run(
         clock.stepping += time.perf_counter() - began
         clock.steps += len(infos)
         finite = int(np.cumprod(np.isfinite(stacked.loss)).sum())
-        callback(done, {k: v[:finite] for k, v in stacked._asdict().items()}, state)
+        metrics = {name: values[:finite] for name, values in stacked._asdict().items()}
+        callback(done, metrics, state if finite == len(infos) else None)
         if finite < len(infos):
             raise optimise.NonFiniteError("loss", done + finite)
         done += len(infos)

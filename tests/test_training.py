@@ -270,15 +270,16 @@ def test_a_step_compiles_once(net: Net) -> None:
 
 
 def test_a_loss_that_is_not_finite_is_told(net: Net) -> None:
-    seen: list[int] = []
+    seen: list[tuple[int, Any]] = []
     with pytest.raises(optimise.NonFiniteError, match="not finite at step"):
         train(
             net,
             Config(epochs=3, batch=4, lr=1e25, warmup=0),
             dataset(),
-            callback=lambda start, m, s: seen.append(len(m["loss"])),
+            callback=lambda start, m, state: seen.append((len(m["loss"]), state)),
         )
-    assert seen[-1] < 5
+    assert seen[-1][0] < 5
+    assert seen[-1][1] is None
 
 
 @pytest.mark.parametrize(
