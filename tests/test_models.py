@@ -46,9 +46,10 @@ PARAMETERS = {
     "efficientnet_lite1": 5_416_680,
     "efficientnet_lite2": 6_092_072,
     "resnet18_cifar": 11_173_962,
-    "resnet18_cifar_slim": 700_458,
+    "resnet18_cifar_slim": 701_466,
     "resnet34_cifar": 21_282_122,
     "resnet20_cifar": 269_722,
+    "lenet": 13_426,
 }
 # One or two a family; the others differ in depth and width only.
 QUICK = (
@@ -63,6 +64,7 @@ QUICK = (
     "efficientnet_lite2",
     "resnet18_cifar",
     "resnet20_cifar",
+    "lenet",
 )
 FAMILIES = (
     "resnet18",
@@ -75,7 +77,7 @@ FAMILIES = (
     "resnet18_cifar",
     "resnet20_cifar",
 )
-WITHOUT_BATCH_NORM = ("vgg11", "vgg13", "vgg16", "vgg19")
+WITHOUT_BATCH_NORM = ("lenet", "vgg11", "vgg13", "vgg16", "vgg19")
 EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in PARAMETERS]
 
 
@@ -152,6 +154,7 @@ def test_number_of_parameters(name: str) -> None:
 def test_logits_and_moments_equal_torch(name: str, peers: ModuleType, tmp_path: Path) -> None:
     """Random weights through a file, random non-square images; 1e-4 of each layer's norm."""
     shape = (2, 32, 43, 3) if "cifar" in name else (2, 64, 75, 3)
+    shape = (2, 28, 28, 1) if name == "lenet" else shape
     network = peers.random_network(name, random_images(shape, seed=1))
     images = random_images(shape, seed=2)
     expected = peers.forward(network, images)

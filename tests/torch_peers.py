@@ -180,6 +180,25 @@ class CifarResNet(nn.Module):
         return self.linear(functional.avg_pool2d(x, x.shape[2:]).flatten(1))
 
 
+class LeNet(nn.Module):
+    """The authors' of Deep Leakage from Gradients, for one gray image of 28 px."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 12, 5, padding=2, stride=2),
+            nn.Sigmoid(),
+            nn.Conv2d(12, 12, 5, padding=2, stride=2),
+            nn.Sigmoid(),
+            nn.Conv2d(12, 12, 5, padding=2, stride=1),
+            nn.Sigmoid(),
+        )
+        self.fc = nn.Sequential(nn.Linear(588, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.body(x).flatten(1))
+
+
 # --- any network of the zoo --------------------------------------------------------------------
 
 
@@ -188,6 +207,8 @@ def build(name: str) -> nn.Module:
     with torch.device("meta"):
         if name in LITE:
             return EfficientNetLite(name)
+        if name == "lenet":
+            return LeNet()
         if name == "resnet18_cifar":
             return CifarResNet((2, 2, 2, 2), (64, 128, 256, 512), "B")
         if name == "resnet18_cifar_slim":

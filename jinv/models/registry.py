@@ -14,11 +14,13 @@ from flax import nnx
 
 import weights_convert
 from jinv.image import Preprocessing
-from jinv.models import efficientnet_lite, mobilenet, resnet, resnet_cifar, vgg
+from jinv.models import efficientnet_lite, lenet, mobilenet, resnet, resnet_cifar, vgg
 from jinv.net import Net
 
 IMAGENET = Preprocessing()
 CIFAR10 = Preprocessing(size=32, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
+
+FASHION_MNIST = Preprocessing(size=28, mean=(0.286,), std=(0.353,))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +138,7 @@ _REGISTRY: dict[str, Entry] = {
     "efficientnet_lite0": _lite(224, 1.0, 1.0, 0, "57934424"),
     "efficientnet_lite1": _lite(240, 1.0, 1.1, 1, "77cc7160"),
     "efficientnet_lite2": _lite(260, 1.1, 1.2, 2, "9656183e"),
+    "lenet": Entry(lenet.LeNet, FASHION_MNIST, 10),
     "resnet18_cifar": _cifar((2, 2, 2, 2)),
     "resnet18_cifar_slim": _cifar((2, 2, 2, 2), widths=(16, 32, 64, 128)),
     "resnet34_cifar": _cifar((3, 4, 6, 3)),
