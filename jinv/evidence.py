@@ -16,7 +16,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 import weights_convert
 from jinv.files import write_atomic
@@ -132,7 +132,15 @@ def with_parameters(variables: Variables, changed: Parameters) -> dict[Any, Any]
 
 def loss(net: Net, variables: Variables, images: Array, labels: Array, training: bool) -> Array:
     """Mean cross-entropy of normalised images (K, H, W, C) and label distributions (K, C)."""
-    return cross_entropy(net.mode(training)(variables, images).logits, labels)
+    return loss_and_moments(net, variables, images, labels, training)[0]
+
+
+def loss_and_moments(
+    net: Net, variables: Variables, images: Array, labels: Array, training: bool
+) -> tuple[Array, tuple[Moments, ...]]:
+    """`loss`, and the moments that BatchNorm layers saw on the way."""
+    outputs = net.mode(training)(variables, images)
+    return cross_entropy(outputs.logits, labels), outputs.moments
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
@@ -148,6 +156,7 @@ def observed(
     *,
     training: bool = False,
     local: Local | None = None,
+    at_once: int | None = None,
 ) -> dict[Any, Any]:
     """What a client with these images sends, differentiable in images and labels.
 
@@ -160,6 +169,8 @@ def observed(
       labels: (K, C) distributions.
       training: see `Evidence`.
       local: see `Evidence`.
+      at_once: differentiate so many images at a time, and again when the result is differentiated
+        itself: the memory is that of so many. Not with `training` or `local`.
     """
     before = parameters(net, variables)
 
@@ -168,6 +179,17 @@ def observed(
             lambda p: loss(net, with_parameters(variables, p), images, labels, training)
         )(now)
 
+    if local is None and at_once is not None:
+        count = len(images) // at_once
+        if count * at_once != len(images):
+            raise ValueError(f"{len(images)} images cannot be taken {at_once} at a time evenly")
+        parts = [x.reshape(count, at_once, *x.shape[1:]) for x in (images, labels)]
+        share = jax.checkpoint(lambda part: gradient(before, *part))
+
+        def add(total: Parameters, part: list[Array]) -> tuple[Parameters, None]:
+            return jax.tree.map(lambda t, g: t + g / count, total, share(part)), None
+
+        return lax.scan(add, jax.tree.map(jnp.zeros_like, before), parts)[0]
     if local is None:
         return gradient(before, images, labels)
     now = before

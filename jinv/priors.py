@@ -20,7 +20,11 @@ LayerWeighting = Literal["published", "relative", "standardised"]
 
 def norm(x: Array, axis: int | tuple[int, ...] | None = None) -> Array:
     """||x||_2 over `axis` (all by default), with gradient 0, not NaN, where x is 0."""
-    square = jnp.square(x).sum(axis)
+    return root(jnp.square(x).sum(axis))
+
+
+def root(square: Array) -> Array:
+    """sqrt(x), with gradient 0, not infinite, where x is 0."""
     zero = square == 0  # asked this way round, NaN stays NaN
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, square)))
 
