@@ -22,7 +22,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 Data = Any
 """A tree of arrays that stay as they are during the run: variables, targets."""
 
-LossFn = Callable[[Array, Array, Data], tuple[Array, Mapping[str, Array]]]
+Images = Any
+"""An array, or a tree of arrays that are optimised together."""
+
+LossFn = Callable[[Array, Images, Data], tuple[Array, Mapping[str, Array]]]
 """(key, images, data) -> (loss, {term: raw value}).
 
 The loss is a scalar, or (G,) for images (G, ...) that are G independent candidates.
@@ -36,17 +39,21 @@ class Remembered(NamedTuple):
     memory: Any
 
 
-Remember = Callable[[Array, Array, Any], Any]
-"""(step, images, memory) -> the memory that this step's loss sees; starts as zeros."""
+Remember = Callable[[Array, Images, Any], tuple[Any, Array]]
+"""(step, images, memory) -> (the memory that this step's loss sees, whether it is a new one).
 
-Project = Callable[[Array], Array]
+Losses under two memories do not compare, so a new one begins the search for the best images anew.
+"""
+
+Project = Callable[[Images], Images]
 
 
 class State(NamedTuple):
     """What the next step needs.
 
     Attributes:
-      images: (B, H, W, C) being optimised, or (G, B, H, W, C) for G candidates.
+      images: (B, H, W, C) being optimised, or (G, B, H, W, C) for G candidates; also a tree of
+        arrays (G, ...), such as images with their labels.
       optimiser: optax state.
       step: steps done since the run began, over all phases.
       best_images: the images that had the lowest loss of this phase.
@@ -56,10 +63,10 @@ class State(NamedTuple):
       memory: what the step keeps for later ones besides.
     """
 
-    images: Array
+    images: Images
     optimiser: optax.OptState
     step: Array
-    best_images: Array
+    best_images: Images
     best_loss: Array
     reference_loss: Array
     stale: Array
@@ -121,7 +128,7 @@ def warm_cosine(lr: float, warmup: int, steps: int, floor: float = 0.0) -> optax
 
 
 def init(
-    images: Array,
+    images: Images,
     optimiser: optax.GradientTransformation,
     step: int | Array = 0,
     *,
@@ -129,12 +136,13 @@ def init(
     memory: Any = (),
 ) -> State:
     """State before the first step of a phase; `candidates` if the loss is (G,)."""
+    count = jax.tree.leaves(images)[0].shape[:1]
     return State(
         images=images,
         optimiser=optimiser.init(images),
         step=jnp.asarray(step, jnp.int32),
-        best_images=jnp.array(images, copy=True),
-        best_loss=jnp.full(images.shape[:1] if candidates else (), jnp.inf, jnp.float32),
+        best_images=jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), images),
+        best_loss=jnp.full(count if candidates else (), jnp.inf, jnp.float32),
         reference_loss=jnp.full((), jnp.inf, jnp.float32),
         stale=jnp.zeros((), jnp.int32),
         memory=memory,
@@ -149,6 +157,7 @@ def make_step(
     early_stop: EarlyStop | None = None,
     noise: Callable[[Array], Array] | None = None,
     remember: Remember | None = None,
+    line_search: bool = False,
 ) -> Step:
     """One gradient step on images.
 
@@ -162,39 +171,49 @@ def make_step(
       early_stop: leave the state as it is once it says so.
       noise: step -> standard deviation of Gaussian noise added to the updated images (Langevin).
       remember: keeps a memory from step to step; the loss gets `Remembered` data.
+      line_search: the optimiser is one of `each_candidate`; it is also told every candidate's loss
+        as `values`, and how to find these at other images as `values_fn`.
     """
     optimiser = optax.with_extra_args_support(optimiser)
 
     def step(key: Array, state: State, data: Data) -> tuple[State, Info]:
         key = jax.random.fold_in(key, state.step)
-        memory = state.memory
+        memory, best_loss = state.memory, state.best_loss
         if remember is not None:
-            memory = remember(state.step, state.images, memory)
+            memory, renewed = remember(state.step, state.images, memory)
+            best_loss = jnp.where(renewed, jnp.inf, best_loss)
             data = Remembered(data, memory)
 
-        def ordered(images: Array) -> tuple[Array, tuple[Array, Mapping[str, Array]]]:
+        def ordered(images: Images) -> tuple[Array, tuple[Array, Mapping[str, Array]]]:
             losses, terms = loss_fn(key, images, data)
             # JAX sorts the keys of plain dicts.
             return losses.sum(), (losses, collections.OrderedDict(terms))
 
         (_, (losses, terms)), gradient = jax.value_and_grad(ordered, has_aux=True)(state.images)
         loss = losses.mean()
-        updates, optimiser_state = optimiser.update(
-            gradient, state.optimiser, state.images, value=loss
-        )
+        told: dict[str, Any] = {"value": loss}
+        if line_search:
+            told["values"] = losses
+            told["values_fn"] = lambda images: loss_fn(key, images, data)[0]
+        updates, optimiser_state = optimiser.update(gradient, state.optimiser, state.images, **told)
         images = optax.apply_updates(state.images, updates)
         if noise is not None:
-            kick = jax.random.normal(jax.random.fold_in(key, 1), images.shape, images.dtype)
-            images = images + noise(state.step) * kick
-        better = jnp.isfinite(losses) & (losses < state.best_loss)
+            kick = optax.tree.random_like(jax.random.fold_in(key, 1), images)
+            images = optax.tree.add_scale(images, noise(state.step), kick)
+        better = jnp.isfinite(losses) & (losses < best_loss)
         progress = loss < _threshold(state.reference_loss, early_stop)
-        wide = better.reshape(better.shape + (1,) * (images.ndim - better.ndim))
+
+        def best(now: Array, before: Array) -> Array:
+            return jnp.where(
+                better.reshape(better.shape + (1,) * (now.ndim - better.ndim)), now, before
+            )
+
         new = State(
             images=project(images),
             optimiser=optimiser_state,
             step=state.step + 1,
-            best_images=jnp.where(wide, state.images, state.best_images),
-            best_loss=jnp.where(better, losses, state.best_loss),
+            best_images=jax.tree.map(best, state.images, state.best_images),
+            best_loss=jnp.where(better, losses, best_loss),
             reference_loss=jnp.where(progress, loss, state.reference_loss),
             stale=jnp.where(progress, 0, state.stale + 1),
             memory=memory,
@@ -206,6 +225,35 @@ def make_step(
         return new, Info(loss, terms, stopped)
 
     return step
+
+
+def each_candidate(
+    optimiser: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """An optimiser with a line search, such as L-BFGS, for every candidate alone."""
+
+    def update(
+        gradient: Images,
+        state: Any,
+        images: Images = None,
+        *,
+        values: Array,
+        values_fn: Callable[[Images], Array],
+        **others: Any,
+    ) -> tuple[Images, Any]:
+        del others
+
+        def one(gradient: Images, state: Any, images: Images, value: Array) -> tuple[Images, Any]:
+            def value_fn(images: Images) -> Array:
+                return values_fn(jax.tree.map(lambda leaf: leaf[None], images))[0]
+
+            return optimiser.update(
+                gradient, state, images, value=value, grad=gradient, value_fn=value_fn
+            )
+
+        return jax.vmap(one)(gradient, state, images, values)
+
+    return optax.GradientTransformationExtraArgs(jax.vmap(optimiser.init), update)
 
 
 def _threshold(reference: Array, early_stop: EarlyStop | None) -> Array:
@@ -230,7 +278,7 @@ class Phase:
 
     name: str
     steps: int
-    enter: Callable[[Array, Any], State]
+    enter: Callable[[Images, Any], State]
     step: Step
     cost: float = 1.0
 
@@ -271,7 +319,7 @@ Loop = Literal["auto", "scan", "python"]
 def run(
     phases: tuple[Phase, ...],
     key: Array,
-    images: Array,
+    images: Images,
     data: Data,
     *,
     callback: Callable[[Chunk], None] = lambda chunk: None,
@@ -332,16 +380,16 @@ def run(
     return state
 
 
-def enter(phase: Phase, images: Array, step: int) -> State:
+def enter(phase: Phase, images: Images, step: int) -> State:
     """State at the start of a phase, spread over the devices that `images` are spread over."""
     shardings = _shardings(phase, images)
-    if images.is_fully_addressable:
+    if jax.tree.leaves(images)[0].is_fully_addressable:
         return jax.device_put(phase.enter(images, step), shardings)
     # Arrays that other hosts hold parts of are made by one program of all.
     return jax.jit(phase.enter, out_shardings=shardings)(images, step)
 
 
-def abstract_state(phase: Phase, images: Array) -> State:
+def abstract_state(phase: Phase, images: Images) -> State:
     """Shapes, types and shardings of a phase's states, to restore a checkpoint into."""
     shapes = jax.eval_shape(lambda x: phase.enter(x, 0), images)
     return jax.tree.map(
@@ -351,13 +399,14 @@ def abstract_state(phase: Phase, images: Array) -> State:
     )
 
 
-def _shardings(phase: Phase, images: Array) -> State:
-    """Arrays of the images' shape lie as the images do; the rest is on every device."""
-    lie = images.sharding
-    rest = NamedSharding(lie.mesh, PartitionSpec()) if isinstance(lie, NamedSharding) else lie
+def _shardings(phase: Phase, images: Images) -> State:
+    """Arrays of the images' shapes lie as the images do; the rest is on every device."""
     shapes = jax.eval_shape(lambda x: phase.enter(x, 0), images)
-    shape = shapes.images.shape
-    return jax.tree.map(lambda leaf: lie if leaf.shape == shape else rest, shapes)
+    pairs = zip(jax.tree.leaves(shapes.images), jax.tree.leaves(images), strict=True)
+    lie = {entered.shape: leaf.sharding for entered, leaf in pairs}
+    one = next(iter(lie.values()))
+    rest = NamedSharding(one.mesh, PartitionSpec()) if isinstance(one, NamedSharding) else one
+    return jax.tree.map(lambda leaf: lie.get(leaf.shape, rest), shapes)
 
 
 def _run_phase(

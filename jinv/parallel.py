@@ -164,10 +164,14 @@ def check_all_take_part(devices: Sequence[jax.Device]) -> None:
         )
 
 
-def mesh(axis: str, devices: Sequence[jax.Device]) -> Mesh:
-    """One axis over these devices."""
+def mesh(axes: str | Mapping[str, int], devices: Sequence[jax.Device]) -> Mesh:
+    """One axis over these devices, or several of the given lengths."""
+    lengths = {axes: len(devices)} if isinstance(axes, str) else axes
     return jax.make_mesh(
-        (len(devices),), (axis,), axis_types=(AxisType.Auto,), devices=list(devices)
+        tuple(lengths.values()),
+        tuple(lengths),
+        axis_types=(AxisType.Auto,) * len(lengths),
+        devices=list(devices),
     )
 
 
@@ -184,8 +188,12 @@ def put(mesh: Mesh, spec: PartitionSpec, tree: Any) -> Any:
     return jax.tree.map(place, tree)
 
 
-def fetch(array: Array) -> np.ndarray:
-    """A whole array, wherever its parts lie; all processes must ask at the same point."""
+def fetch(tree: Any) -> Any:
+    """Whole arrays, wherever their parts lie; all processes must ask at the same point."""
+    return jax.tree.map(_fetched, tree)
+
+
+def _fetched(array: Array) -> np.ndarray:
     if not isinstance(array, jax.Array) or array.is_fully_addressable:
         return np.asarray(array)
     if array.is_fully_replicated:
