@@ -59,3 +59,18 @@ def test_every_candidate_is_moved_onto_its_own_reference() -> None:
     moved = jax.vmap(jax.vmap(registration.shifted))(jnp.stack([reference] * 2), shifts)
     back = registration.to_reference(moved, jnp.stack([reference] * 2))
     np.testing.assert_allclose(back, jnp.stack([reference] * 2), atol=1e-3)
+
+
+def test_optical_flow_bends_an_image_back() -> None:
+    """A local shift that no translation undoes, through a compiled program."""
+    import jax
+
+    y, x = np.mgrid[:48, :48]
+    reference = (np.sin(x / 3) * np.cos(y / 4) + np.hypot(x - 20, y - 25) / 30)[..., None]
+    bent = np.sin((x + 1.5 * (y > 24)) / 3) * np.cos(y / 4)
+    bent = (bent + np.hypot(x + 1.5 * (y > 24) - 20, y - 25) / 30)[..., None]
+    flow = registration.on_host(registration.by_flow)
+    moved = jax.jit(flow)(jnp.asarray(bent[None]), jnp.asarray(reference[None]))[0]
+    inner = (slice(4, -4), slice(4, -4))
+    before = np.abs(bent - reference)[inner].mean()
+    assert np.abs(np.asarray(moved) - reference)[inner].mean() < 0.4 * before

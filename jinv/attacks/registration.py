@@ -2,15 +2,21 @@
 
 Sub-pixel translation by phase correlation (Guizar-Sicairos et al. 2008): the peak of the
 normalised cross-power spectrum's inverse transform, refined by an upsampled transform around it.
+Or by dense optical flow, or any function of NumPy arrays, which the program calls on the host.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+
+Register = Callable[[Array, Array], Array]
+"""(images, reference), both (..., H, W, C) -> the images moved onto the reference."""
 
 
 def shift_between(image: Array, reference: Array, upsample: int = 10) -> Array:
@@ -67,3 +73,45 @@ def to_reference(images: Array, reference: Array) -> Array:
     flat = images.reshape(-1, *shape[-3:])
     onto = jnp.broadcast_to(reference, shape).reshape(flat.shape)
     return jax.vmap(one)(flat, onto).reshape(shape)
+
+
+def on_host(move: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Register:
+    """A `Register` from a NumPy function of one image and its reference, both (H, W, C).
+
+    The compiled program waits for the host, whose work is the same on every device.
+    """
+
+    def all_of_them(images: np.ndarray, reference: np.ndarray) -> np.ndarray:
+        shape = images.shape
+        flat = np.asarray(images).reshape(-1, *shape[-3:])
+        onto = np.asarray(reference).reshape(flat.shape)
+        moved = [move(image, base) for image, base in zip(flat, onto, strict=True)]
+        return np.stack(moved).reshape(shape).astype(images.dtype)
+
+    def register(images: Array, reference: Array) -> Array:
+        reference = jnp.broadcast_to(reference, images.shape)
+        result = jax.ShapeDtypeStruct(images.shape, images.dtype)
+        return jax.pure_callback(all_of_them, result, images, reference)
+
+    return register
+
+
+def by_flow(image: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """An image (H, W, C) warped onto its reference along their TV-L1 optical flow.
+
+    Zach et al. 2007, as scikit-image computes it, on the mean over channels.
+    """
+    try:
+        from skimage.registration import optical_flow_tvl1
+        from skimage.transform import warp
+    except ImportError as error:
+        raise ImportError("optical flow needs scikit-image: pip install 'jinv[scripts]'") from error
+    gray = reference.mean(-1), image.mean(-1)
+    low = min(g.min() for g in gray)
+    span = max(float(max(g.max() for g in gray) - low), 1e-12)
+    rows, columns = optical_flow_tvl1(*((g - low) / span for g in gray))
+    height, width = gray[0].shape
+    y, x = np.mgrid[:height, :width]
+    where = np.stack([y + rows, x + columns])
+    warped = [warp(channel, where, mode="edge") for channel in np.moveaxis(image, -1, 0)]
+    return np.stack(warped, -1)
