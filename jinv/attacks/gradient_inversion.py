@@ -1,15 +1,17 @@
 """GradInversion: a client's batch out of its gradient (arXiv 2104.07586).
 
-L(x) = a_G D(g(x), g*) + a_tv TV_2(x) + a_l2 R_l2(x) + a_bn R_bn(x) + a_group ||x - consensus||_2
+L(x) = a_G D(g(x), g*) + a_tv TV(x) + a_l2 R_l2(x) + a_bn R_bn(x) + a_group ||x - consensus||_2
 
 where g(x) is the gradient that the client would have sent for images x and the restored labels, and
 g* the one it sent. Several seeds of the whole batch are optimised at once and pull each other to
-their consensus. Inverting Gradients (cosine distance, signed steps) and DLG are settings of it.
+their consensus. Inverting Gradients (arXiv 2003.14053: cosine distance, signed steps) and DLG
+(arXiv 1906.08935: L-BFGS, labels optimised with the images) are settings of it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -18,16 +20,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array, lax
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
+from jinv import defences, image, matching, optimise, parallel, priors
 from jinv import evidence as evidences
-from jinv import image, optimise, parallel, priors
 from jinv.attacks import registration
+from jinv.defences import Defence
 from jinv.evidence import Evidence
+from jinv.matching import Match
 from jinv.net import Net
 from jinv.objective import weigh
 
 Distance = Literal["l2", "squared_l2", "cosine"]
+Optimiser = Literal["adam", "lbfgs"]
+SEEDS, IMAGES = "seeds", "images"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,18 +42,20 @@ class Config:
 
     Attributes:
       steps: number of steps.
-      lr: learning rate of Adam, after `warmup` linear steps falling to 0 along a cosine.
+      lr: learning rate, after `warmup` linear steps falling to 0 along a cosine; of L-BFGS with
+        its line search no more than the first trial.
       warmup: steps.
+      optimiser: "adam", or "lbfgs" for every seed alone.
       signed: Adam sees the sign of the gradient only (Inverting Gradients).
       distance: of gradients. "l2": sum_l ||g_l - g*_l||_2; "squared_l2": of the squares; "cosine":
         1 - <g, g*> / (||g|| ||g*||) over all layers.
       gradient: weight of the distance; 0 leaves the other terms alone (the BN-only ablation).
       layers: factor of each layer by the beginning of its name, such as {"fc": 0}; 1 for others.
-      tv_l2, l2: weights of the image priors.
+      tv_l2, tv_l1, l2: weights of the image priors.
       batch_norm: weight of the BatchNorm prior, against what the evidence knows of moments.
       first_bn_multiplier: further weight of the first BatchNorm layer.
       seeds: candidates of the batch that are optimised at once.
-      group: weight of each candidate's distance to the consensus.
+      group: weight of each candidate's distance to the consensus; 0 for independent restarts.
       group_from: step from which there is a consensus, every `group_every` steps renewed.
       group_every: steps.
       noise: Langevin noise: after a step of rate lr(t), lr(t) * noise * N(0, I) is added.
@@ -58,11 +66,13 @@ class Config:
     steps: int = 20000
     lr: float = 0.1
     warmup: int = 50
+    optimiser: Optimiser = "adam"
     signed: bool = False
     distance: Distance = "l2"
     gradient: float = 1e-3
     layers: Mapping[str, float] = dataclasses.field(default_factory=dict)
     tv_l2: float = 1e-4
+    tv_l1: float = 0.0
     l2: float = 1e-6
     batch_norm: float = 0.1
     first_bn_multiplier: float = 1.0
@@ -78,9 +88,67 @@ class Config:
         for name in ("steps", "seeds", "group_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        choices = get_args(Distance)
-        if self.distance not in choices:
-            raise ValueError(f"distance is one of {', '.join(choices)}, not {self.distance!r}")
+        for name, kind in (("distance", Distance), ("optimiser", Optimiser)):
+            choices = get_args(kind)
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} is one of {', '.join(choices)}, not {getattr(self, name)!r}"
+                )
+        if self.optimiser == "lbfgs" and (self.signed or self.noise):
+            raise ValueError("L-BFGS goes with neither signed steps nor noise: set noise: 0")
+
+
+_ALONE: dict[str, Any] = {"seeds": 1, "group": 0.0, "noise": 0.0, "l2": 0.0, "batch_norm": 0.0}
+
+PRESETS = {
+    "gradinversion": Config(),
+    "inverting_gradients": Config(
+        steps=24000,
+        warmup=0,
+        signed=True,
+        distance="cosine",
+        gradient=1.0,
+        tv_l2=0.0,
+        tv_l1=0.2,
+        **_ALONE,
+    ),
+    "dlg": Config(
+        steps=300,
+        lr=1.0,
+        warmup=0,
+        optimiser="lbfgs",
+        distance="squared_l2",
+        gradient=1.0,
+        tv_l2=0.0,
+        clip=False,
+        **_ALONE,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How it is computed; no value depends on it beyond rounding.
+
+    Attributes:
+      devices: that share seeds and images; by default as many as can.
+      seeds_at_once: candidates whose gradients are computed at the same time, all by default;
+        fewer need less memory.
+      images_at_once: take the gradient so many images at a time, twice, in the memory of those;
+        for victims in evaluation mode.
+      gradients: "auto" does not form the large ones (see `jinv.matching`); "formed" forms all.
+    """
+
+    devices: int | None = None
+    seeds_at_once: int | None = None
+    images_at_once: int | None = None
+    gradients: matching.Form = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("seeds_at_once", "images_at_once"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
 
 
 def gradient_distance(
@@ -90,35 +158,36 @@ def gradient_distance(
     layers: Mapping[str, float] | None = None,
 ) -> Array:
     """D(g, g*) over trees of the same structure; `layers` as in `Config`."""
-    paths = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(wanted)]
-    factors = [_factor(path, layers or {}) for path in paths]
-    pairs = [
-        (factor, a, b)
-        for factor, a, b in zip(
-            factors, jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True
-        )
-        if factor
-    ]
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
+    matches = [matching.between(a, b) for a, b in pairs]
+    return _distance(matches, _factors(wanted, layers or {}), kind)
+
+
+def _distance(matches: Sequence[Match | None], factors: Sequence[float], kind: Distance) -> Array:
+    pairs = [(f, m) for f, m in zip(factors, matches, strict=True) if f and m is not None]
+
+    def total(of: Callable[[Match], Array]) -> Array:
+        return sum((f * of(m) for f, m in pairs), jnp.zeros(()))
+
     if kind == "l2":
-        return sum((f * priors.norm(a - b) for f, a, b in pairs), jnp.zeros(()))
+        return total(lambda m: priors.root(m.difference))
     if kind == "squared_l2":
-        return sum((f * jnp.square(a - b).sum() for f, a, b in pairs), jnp.zeros(()))
+        return total(lambda m: m.difference)
     if kind == "cosine":
-        product = sum((f * (a * b).sum() for f, a, b in pairs), jnp.zeros(()))
-        ours = sum((f * jnp.square(a).sum() for f, a, _ in pairs), jnp.zeros(()))
-        theirs = sum((f * jnp.square(b).sum() for f, _, b in pairs), jnp.zeros(()))
-        return 1 - product / jnp.maximum(jnp.sqrt(ours) * jnp.sqrt(theirs), 1e-30)
+        lengths = jnp.sqrt(total(lambda m: m.own)) * jnp.sqrt(total(lambda m: m.wanted))
+        return 1 - total(lambda m: m.product) / jnp.maximum(lengths, 1e-30)
     raise ValueError(f"no distance of gradients is called {kind!r}")
 
 
-def _name(path: tuple[Any, ...]) -> str:
-    return ".".join(str(getattr(key, "key", key)) for key in path)
+def _factors(tree: Any, layers: Mapping[str, float]) -> list[float]:
+    """Of every leaf: that of the longest beginning of its name that is given."""
 
+    def factor(path: tuple[Any, ...]) -> float:
+        name = ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+        fitting = [begin for begin in layers if name == begin or name.startswith(f"{begin}.")]
+        return layers[max(fitting, key=len)] if fitting else 1.0
 
-def _factor(name: str, layers: Mapping[str, float]) -> float:
-    """Of the longest beginning that fits."""
-    fitting = [begin for begin in layers if name == begin or name.startswith(f"{begin}.")]
-    return layers[max(fitting, key=len)] if fitting else 1.0
+    return [factor(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
 class Data(NamedTuple):
@@ -128,43 +197,59 @@ class Data(NamedTuple):
       variables: the network's, before.
       wanted: the evidence's values.
       moments: what is known of every BatchNorm layer's, () if nothing.
-      labels: (K, C), one-hot.
+      labels: (K, C), one-hot; () if they are optimised.
     """
 
     variables: Any
     wanted: Any
     moments: Any
+    labels: Any
+
+
+class Candidates(NamedTuple):
+    """What is optimised where labels are not known.
+
+    Attributes:
+      images: (G, K, H, W, C).
+      labels: (G, K, classes), logits whose softmax is the label.
+    """
+
+    images: Array
     labels: Array
 
 
 @dataclasses.dataclass(frozen=True)
 class Attack:
-    """A built attack: give `images`, `data` and `phases` to `optimise.run`.
+    """A built attack: give `initial(key)`, `data` and `phases` to `optimise.run`.
 
     Attributes:
       phases: one.
       data: what its steps read.
-      initial: `key -> images` (seeds, K, H, W, C), Gaussian noise.
+      initial: `key -> (seeds, K, H, W, C)` Gaussian noise, `Candidates` if labels are optimised.
+      distances: compiled, `(the same, data) -> (seeds,)` distances of gradients, to choose by.
+      mesh: the devices, by (seeds, images).
+      space: what the images are normalised for.
     """
 
     phases: tuple[optimise.Phase, ...]
     data: Data
-    initial: Callable[[Array], Array]
-
-
-Register = Callable[[Array, Array], Array]
-"""(images, reference), both (G, K, H, W, C) -> the images moved onto the reference."""
+    initial: Callable[[Array], Any]
+    distances: Callable[[Any, Data], Array]
+    mesh: Mesh
+    space: image.Preprocessing
 
 
 def build(
     config: Config,
     net: Net,
     evidence: Evidence,
-    labels: Sequence[int],
+    labels: Sequence[int] | None,
     *,
     size: int | tuple[int, int] | None = None,
-    register: Register | None = registration.to_reference,
-    devices: int | None = None,
+    space: image.Preprocessing | None = None,
+    register: registration.Register | None = registration.to_reference,
+    defence: Defence | None = None,
+    execution: Execution | None = None,
 ) -> Attack:
     """GradInversion of this evidence.
 
@@ -172,81 +257,132 @@ def build(
       config: the mathematics.
       net: the victim's network as it was before.
       evidence: what it sent.
-      labels: K classes, as `labels.restore` finds them.
+      labels: K classes, as `labels.restore` finds them; None to optimise them with the images.
       size: of the images; defaults to the network's.
+      space: what the images are normalised for while they are optimised, such as the network's
+        own made `gray()`; defaults to the network's.
       register: moves candidates onto their mean before the consensus is taken; None for the
         plain mean.
-      devices: that share the seeds evenly; by default as many as can.
+      defence: what the client did to its gradient, if the attacker knows: found gradients are
+        compared as that client would have sent them.
+      execution: devices and memory.
 
     Raises:
       ValueError: what does not fit together.
     """
+    execution = execution or Execution()
     evidence.check(net)
-    chosen = np.asarray(labels)
-    if chosen.shape != (evidence.images,) or chosen.min() < 0 or chosen.max() >= net.classes:
+    count = evidence.images
+    chosen = None if labels is None else np.asarray(labels)
+    if chosen is not None and (
+        chosen.shape != (count,) or chosen.min() < 0 or chosen.max() >= net.classes
+    ):
+        raise ValueError(f"{count} labels from 0 to {net.classes - 1} are needed, not {labels}")
+    if execution.images_at_once and (evidence.training or evidence.local):
         raise ValueError(
-            f"{evidence.images} labels from 0 to {net.classes - 1} are needed, not {list(labels)}"
+            "images_at_once needs a gradient whose images do not act on each other: neither a "
+            "victim in training mode nor local steps"
         )
-    moments = _known_moments(config, net, evidence)
-    space = net.preprocessing
+    space = space or net.preprocessing
     height, width = (
-        (space.size,) * 2 if size is None else (size, size) if isinstance(size, int) else size
+        (net.preprocessing.size,) * 2
+        if size is None
+        else (size, size)
+        if isinstance(size, int)
+        else size
     )
-    shape = (config.seeds, evidence.images, height, width, space.channels)
-    mesh = _mesh(config.seeds, devices)
+    shape = (config.seeds, count, height, width, space.channels)
+    mesh = _mesh(config.seeds, count, execution)
 
-    def initial(key: Array) -> Array:
+    def initial(key: Array) -> Any:
         noise = config.init_std * jax.random.normal(key, shape)
-        return parallel.put(mesh, PartitionSpec(parallel.BATCH), noise)
+        laid = parallel.put(mesh, PartitionSpec(SEEDS, IMAGES), noise)
+        if chosen is not None:
+            return laid
+        logits = jax.random.normal(jax.random.fold_in(key, 1), (*shape[:2], net.classes))
+        return Candidates(laid, parallel.put(mesh, PartitionSpec(SEEDS, IMAGES), logits))
 
-    def project(images: Array) -> Array:
-        return image.clip(images, space) if config.clip else images
+    def project(found: Any) -> Any:
+        if not config.clip:
+            return found
+        if isinstance(found, Candidates):
+            return found._replace(images=image.clip(found.images, space))
+        return image.clip(found, space)
 
     rate = optimise.warm_cosine(config.lr, config.warmup, config.steps)
-    optimiser = optax.adam(rate)
-    if config.signed:
-        optimiser = optax.chain(optax.stateless(lambda g, _: jnp.sign(g)), optimiser)
     grouped = config.seeds > 1 and config.group > 0
 
-    def remember(step: Array, images: Array, consensus: Array) -> Array:
+    def remember(step: Array, found: Any, consensus: Array) -> tuple[Array, Array]:
+        images = found.images if isinstance(found, Candidates) else found
         renewed = (step >= config.group_from) & (
             (step - config.group_from) % config.group_every == 0
         )
-        return lax.cond(renewed, lambda: _consensus(images, register), lambda: consensus)
+        now = lax.cond(renewed, lambda: _consensus(images, register), lambda: consensus)
+        return now, renewed
 
-    def enter(images: Array, step: Any) -> optimise.State:
+    optimiser = _optimiser(config, rate)
+
+    def enter(images: Any, step: Any) -> optimise.State:
         memory = jnp.zeros(shape[1:]) if grouped else ()
         return optimise.init(images, optimiser, step, candidates=True, memory=memory)
 
+    moments: Any = ()
+    if config.batch_norm and net.statistics and evidence.statistics != "none":
+        moments = net.running_moments() if evidence.moments is None else evidence.moments
+    if not config.gradient and not moments:
+        raise ValueError(
+            "nothing ties the images to the evidence: the gradient weighs 0 and no moments of "
+            "BatchNorm layers are known or weighed"
+        )
+    one_hot = () if chosen is None else jax.nn.one_hot(chosen, net.classes)
+    data = Data(net.variables, evidence.values, moments, one_hot)
+    objective = _Objective(config, net, evidence, space, defence, execution)
     step = optimise.make_step(
-        _loss(config, net, evidence, grouped),
+        objective.grouped if grouped else objective.alone,
         optimiser,
         project=project,
         noise=(lambda t: config.noise * rate(t)) if config.noise else None,
         remember=remember if grouped else None,
+        line_search=config.optimiser == "lbfgs",
     )
-    data = Data(net.variables, evidence.values, moments, jax.nn.one_hot(chosen, net.classes))
-    data = parallel.put(mesh, PartitionSpec(), data)
-    phase = optimise.Phase(f"{config.seeds} x {evidence.images} images", config.steps, enter, step)
-    return Attack((phase,), data, initial)
+    return Attack(
+        (optimise.Phase(f"{config.seeds} x {count} images", config.steps, enter, step),),
+        parallel.put(mesh, PartitionSpec(), data),
+        initial,
+        jax.jit(objective.distances),
+        mesh,
+        space,
+    )
 
 
-def _mesh(seeds: int, devices: int | None) -> jax.sharding.Mesh:
-    available = parallel.devices(devices)
-    even = max(n for n in range(1, len(available) + 1) if seeds % n == 0)
-    if devices is not None and even < devices:
-        raise ValueError(f"{seeds} seeds cannot be shared evenly by {devices} devices: use {even}")
+def _optimiser(config: Config, rate: optax.Schedule) -> optax.GradientTransformation:
+    if config.optimiser == "lbfgs":
+        return optimise.each_candidate(optax.lbfgs())
+    adam = optax.adam(rate)
+    if config.signed:
+        return optax.chain(optax.stateless(lambda g, _: jax.tree.map(jnp.sign, g)), adam)
+    return adam
+
+
+def _mesh(seeds: int, images: int, execution: Execution) -> Mesh:
+    """Seeds over as many devices as share them evenly, then images."""
+    available = parallel.devices(execution.devices)
+    together = execution.seeds_at_once or seeds
+    if seeds % together:
+        raise ValueError(f"{seeds} seeds cannot be taken {together} at once: not a multiple")
+    by_seeds = math.gcd(together, len(available))
+    by_images = math.gcd(images, len(available) // by_seeds)
+    even = by_seeds * by_images
+    if execution.devices is not None and even < execution.devices:
+        raise ValueError(
+            f"{together} seeds of {images} images cannot be shared evenly by {execution.devices} "
+            f"devices: use {even}"
+        )
     parallel.check_all_take_part(available[:even])
-    return parallel.mesh(parallel.BATCH, available[:even])
+    return parallel.mesh({SEEDS: by_seeds, IMAGES: by_images}, available[:even])
 
 
-def _known_moments(config: Config, net: Net, evidence: Evidence) -> Any:
-    if not config.batch_norm or not net.statistics or evidence.statistics == "none":
-        return ()
-    return net.running_moments() if evidence.moments is None else evidence.moments
-
-
-def _consensus(images: Array, register: Register | None) -> Array:
+def _consensus(images: Array, register: registration.Register | None) -> Array:
     """Mean over candidates (G, K, H, W, C), each moved onto the plain mean first."""
     mean = images.mean(0)
     if register is None:
@@ -254,50 +390,126 @@ def _consensus(images: Array, register: Register | None) -> Array:
     return register(images, jnp.broadcast_to(mean, images.shape)).mean(0)
 
 
-def _loss(config: Config, net: Net, evidence: Evidence, grouped: bool) -> optimise.LossFn:
-    """The objective of every candidate: (key, (G, K, H, W, C), data) -> ((G,), mean terms)."""
+class _Objective:
+    """L(x) of every candidate."""
 
-    def of_one(images: Array, consensus: Array | None, ready: Array, data: Data) -> Any:
+    def __init__(
+        self,
+        config: Config,
+        net: Net,
+        evidence: Evidence,
+        space: image.Preprocessing,
+        defence: Defence | None,
+        execution: Execution,
+    ) -> None:
+        self.config = config
+        self.net = net
+        self.evidence = evidence
+        self.space = space
+        self.defence = None if defence == Defence() else defence
+        self.execution = execution
+        self.factors = _factors(evidence.values, config.layers)
+
+    def alone(self, key: Array, found: Any, data: Data) -> tuple[Array, dict[str, Array]]:
+        """An `optimise.LossFn`: (G,) losses, mean terms."""
+        del key
+        return self._of_all(lambda one: self._loss(one, data, None), found)
+
+    def grouped(
+        self, key: Array, found: Any, remembered: optimise.Remembered
+    ) -> tuple[Array, dict[str, Array]]:
+        """The same with a memory: the consensus."""
+        del key
+        data, consensus = remembered
+        return self._of_all(lambda one: self._loss(one, data, consensus), found)
+
+    def distances(self, found: Any, data: Data) -> Array:
+        """D(g(x), g*) of every candidate."""
+        return self._map(lambda one: self._matched(*self._parts(one, data), data)[0], found)
+
+    def _of_all(self, of_one: Callable, found: Any) -> tuple[Array, dict[str, Array]]:
+        losses, values = self._map(of_one, found)
+        return losses, {name: value.mean() for name, value in values.items()}
+
+    def _map(self, of_one: Callable, found: Any) -> Any:
+        seeds = self.execution.seeds_at_once
+        if seeds is None or seeds >= self.config.seeds:
+            return jax.vmap(of_one)(found)
+        return lax.map(of_one, found, batch_size=seeds)
+
+    def _parts(self, one: Any, data: Data) -> tuple[Array, Array]:
+        if isinstance(one, Candidates):
+            return one.images, jax.nn.softmax(one.labels)
+        return one, data.labels
+
+    def _loss(
+        self, one: Any, data: Data, consensus: Array | None
+    ) -> tuple[Array, dict[str, Array]]:
+        config = self.config
+        images, labels = self._parts(one, data)
         weights: dict[str, float] = {}
         values: dict[str, Array] = {}
+        seen = None
         if config.gradient:
-            found = evidences.observed(
-                net,
-                data.variables,
-                images,
-                data.labels,
-                training=evidence.training,
-                local=evidence.local,
-            )
             weights["gradient"] = config.gradient
-            values["gradient"] = gradient_distance(
-                found, data.wanted, config.distance, config.layers
-            )
+            values["gradient"], seen = self._matched(images, labels, data)
         if data.moments:
+            if seen is None:
+                given = image.convert(images, self.space, self.net.preprocessing)
+                seen = self.net.mode(self.evidence.training)(data.variables, given).moments
             weights["batch_norm"] = config.batch_norm
             values["batch_norm"] = priors.batch_norm(
-                net.mode(evidence.training)(data.variables, images).moments,
-                data.moments,
-                first_multiplier=config.first_bn_multiplier,
+                seen, data.moments, first_multiplier=config.first_bn_multiplier
             )
-        if config.tv_l2:
-            weights["tv_l2"], values["tv_l2"] = config.tv_l2, priors.total_variation_l2(images)
-        if config.l2:
-            weights["l2"], values["l2"] = config.l2, priors.l2(images)
+        for name, prior in _PRIORS.items():
+            weight = getattr(config, name)
+            if weight:
+                weights[name], values[name] = weight, prior(images)
         if consensus is not None:
+            ready = jnp.any(consensus != 0)  # zeros until the first one is formed
             weights["group"] = config.group
             values["group"] = jnp.where(ready, priors.norm(images - consensus), 0)
         return weigh(values, weights), values
 
-    def loss(key: Array, images: Array, data: Any) -> tuple[Array, dict[str, Array]]:
-        del key
-        consensus, ready = None, jnp.zeros((), bool)
-        if grouped:
-            data, consensus = data
-            ready = jnp.any(consensus != 0)  # zeros until the first one is formed
-        losses, values = jax.vmap(of_one, in_axes=(0, None, None, None))(
-            images, consensus, ready, data
-        )
-        return losses, {name: value.mean() for name, value in values.items()}
+    def _matched(self, images: Array, labels: Array, data: Data) -> tuple[Array, Any]:
+        """D(g(x), g*), and the moments of BatchNorm layers if they came with it."""
+        net, evidence = self.net, self.evidence
+        images = image.convert(images, self.space, net.preprocessing)
+        at_once = self.execution.images_at_once
+        if evidence.local is None and at_once is None and self.defence is None:
 
-    return loss
+            def loss(parameters: Any, inputs: Any) -> tuple[Array, Any]:
+                variables = evidences.with_parameters(data.variables, parameters)
+                images, labels = inputs
+                return evidences.loss_and_moments(net, variables, images, labels, evidence.training)
+
+            matches, seen = matching.compare(
+                loss,
+                evidences.parameters(net, data.variables),
+                data.wanted,
+                (images, labels),
+                form=self.execution.gradients,
+                chosen=[bool(factor) for factor in self.factors],
+            )
+            return _distance(matches, self.factors, self.config.distance), seen
+        found: evidences.Parameters = evidences.observed(
+            net,
+            data.variables,
+            images,
+            labels,
+            training=evidence.training,
+            local=evidence.local,
+            at_once=at_once,
+        )
+        if self.defence is not None:
+            found = defences.as_sent(self.defence, found, data.wanted)
+        pairs = zip(jax.tree.leaves(found), jax.tree.leaves(data.wanted), strict=True)
+        matches = [matching.between(*pair) for pair in pairs]
+        return _distance(matches, self.factors, self.config.distance), None
+
+
+_PRIORS: dict[str, Callable[[Array], Array]] = {
+    "tv_l2": priors.total_variation_l2,
+    "tv_l1": priors.total_variation_l1,
+    "l2": priors.l2,
+}

@@ -11,10 +11,14 @@ guess the probabilities, which the attacker does not see. All return counts that
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
-import scipy.linalg
+import scipy.optimize
+
+from jinv.evidence import Evidence
+from jinv.net import Net
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +79,47 @@ class Head:
         return np.asarray(self.weight_gradient, np.float64).sum(0)
 
 
+def head_of(net: Net, evidence: Evidence) -> Head:
+    """The last linear layer of a network with what the evidence says of it.
+
+    A weight update of T local SGD steps counts as the mean of their gradients, -update / (lr T).
+
+    Raises:
+      ValueError: no linear layer, or several, give the network's classes.
+    """
+    layers = dict(_linear(evidence.values, (), net.classes))
+    if len(layers) != 1:
+        found = ", ".join(".".join(map(str, path)) for path in layers) or "none"
+        raise ValueError(
+            f"labels are read off the one linear layer with {net.classes} outputs; here: {found}"
+        )
+    ((path, (weight, bias)),) = layers.items()
+    before: Any = net.variables
+    change: Any = evidence.values
+    for key in path:
+        before, change = before[key], change[key]
+    local = evidence.local
+    scale = 1.0 if local is None else -1 / (local.lr * len(local.batches))
+    return Head(
+        np.asarray(before[weight]),
+        scale * np.asarray(change[weight]),
+        evidence.images,
+        None if bias is None else np.asarray(before[bias]),
+        None if bias is None else scale * np.asarray(change[bias]),
+    )
+
+
+def _linear(tree: Mapping[Any, Any], path: tuple[Any, ...], classes: int) -> Iterator[Any]:
+    """(path of a layer, its names of weight and bias), for layers with so many outputs."""
+    shapes = {key: np.shape(v) for key, v in tree.items() if not isinstance(v, Mapping)}
+    for key, shape in shapes.items():
+        if len(shape) == 2 and shape[1] == classes:
+            yield path, (key, next((k for k, s in shapes.items() if s == (classes,)), None))
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _linear(value, (*path, key), classes)
+
+
 def minimum(head: Head) -> np.ndarray:
     """The K classes with the most negative entry of dL/dW_c. GradInversion, arXiv 2104.07586.
 
@@ -106,7 +151,7 @@ def ilrg(head: Head) -> np.ndarray:
 
     Each class's mean feature is estimated as e_c = dL/dW_c / dL/db_c, its prediction as
     p_c = softmax(W' e_c + b), and the counts solve sum_c n_c = K,
-    sum_c n_c p_c[i] - n_i = K dL/db_i in the least-squares sense.
+    sum_c n_c p_c[i] - n_i = K dL/db_i in the least-squares sense, n >= 0.
     """
     if head.bias_gradient is None or head.bias is None:
         raise ValueError("iLRG divides by the gradient of the head's bias: this head has none")
@@ -116,8 +161,8 @@ def ilrg(head: Head) -> np.ndarray:
     predictions = _softmax(embeddings.T @ np.asarray(head.weight, np.float64) + head.bias)
     equations = np.concatenate([predictions.T - np.eye(head.classes), np.ones((1, head.classes))])
     values = np.concatenate([head.images * bias_gradient, [head.images]])
-    # The solution of least norm, as by the pseudo-inverse, ten times as fast.
-    return _repaired(scipy.linalg.lstsq(equations, values, lapack_driver="gelsy")[0], head.images)
+    # Counts are not negative: better than the paper's pseudo-inverse on trained networks.
+    return _repaired(scipy.optimize.nnls(equations, values)[0], head.images)
 
 
 def llg(head: Head) -> np.ndarray:
