@@ -6,11 +6,12 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
-from jinv import optimise, session
+from jinv import config as configs
+from jinv import optimise, parallel, session, study
 
 T = TypeVar("T")
 
@@ -84,3 +85,66 @@ def run(function: Callable[[], None], out_of_memory: str) -> int:
         print(f"error: the device failed: {str(error).splitlines()[0]}{advice}", file=sys.stderr)
         return 4
     return 0
+
+
+class Kind(NamedTuple):
+    """What a command runs that takes a recipe, and studies of it.
+
+    Attributes:
+      recipe_from: a config's tree -> a recipe, which has `run`, `seed` and `trials`.
+      prepare: a recipe -> the same with everything loaded.
+      compare: writes the page and the summary of a study.
+      say: tells the main points of a run's summary.
+    """
+
+    recipe_from: Callable[[dict[str, Any]], Any]
+    prepare: Callable[[Any], study.Runnable]
+    compare: study.Compare
+    say: Callable[[dict[str, Any]], None]
+
+
+def parse(
+    kind: Kind, description: str, arguments: Sequence[str] | None
+) -> tuple[Any, dict[str, Any], argparse.Namespace]:
+    """Command line -> (recipe with overrides, its variants, the common flags)."""
+    args, rest = flags(description, arguments)
+    tree = configs.read_yaml(args.config)
+    variants = tree.pop("variants", None) or {}
+    if not isinstance(variants, dict) or not all(isinstance(v, dict) for v in variants.values()):
+        raise configs.ConfigError("variants must map names to the keys that are different")
+    recipe = override(kind.recipe_from(tree), args, rest)
+    return recipe, {str(name): changes for name, changes in variants.items()}, args
+
+
+def run_or_study(
+    kind: Kind, recipe: Any, variants: dict[str, Any], args: argparse.Namespace
+) -> None:
+    """One run, or a study of several, in the folder that was asked for."""
+    chosen = study.runs(recipe, variants, kind.recipe_from)
+    for each in chosen:  # a mistake in any stops all before anything is computed
+        prepared = kind.prepare(each.recipe)
+    tree = configs.plain(recipe) | ({"variants": variants} if variants else {})
+    how = {"resume": args.resume, "overwrite": args.overwrite}
+    whole = session.Session(args.out, tree, recipe.run, **how)
+    if whole.finished:
+        parallel.say(f"{args.out} holds this run, finished: nothing to do")
+        return
+    if chosen[0].folder:
+        study.execute(chosen, whole, kind.prepare, kind.compare, **how)
+        parallel.say(f"{args.out / 'report.html'} written")
+        return
+    summary = prepared.run(whole)
+    if summary:
+        kind.say(summary)
+    parallel.say(f"{args.out / 'report.html'} written after {whole.seconds:.0f} s")
+
+
+def main(kind: Kind, description: str, arguments: Sequence[str] | None, out_of_memory: str) -> int:
+    """All of a command that takes a recipe; returns the exit code."""
+
+    def everything() -> None:
+        recipe, variants, args = parse(kind, description, arguments)
+        parallel.start(args.coordinator, args.processes, args.process_id)
+        run_or_study(kind, recipe, variants, args)
+
+    return run(everything, out_of_memory)

@@ -40,6 +40,18 @@ def build(cls: type[T], tree: Mapping[str, Any]) -> T:
         raise ConfigError("the config refers to itself") from None
 
 
+def with_preset(tree: Mapping[str, Any], presets: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree whose `attack: {preset: NAME, ...}` has all keys of that preset, its own on top."""
+    attack = tree.get("attack")
+    if not isinstance(attack, dict) or "preset" not in attack:
+        return dict(tree)
+    attack = dict(attack)
+    preset = attack.pop("preset")
+    if preset not in presets:
+        raise ConfigError(f"no preset is called {preset!r}; there are: {', '.join(presets)}")
+    return {**tree, "attack": {**plain(presets[preset]), **attack}}
+
+
 def _number(value: Any) -> Any:
     """YAML reads 1e-4 as text and 1 as an integer: both are meant as floats."""
     if isinstance(value, bool):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import importlib.util
 import math
 import os
 import re
@@ -235,7 +236,8 @@ def fashion_mnist(split: Split, folder: str | Path | None = None) -> Dataset:
 def image_files(paths: Sequence[str | Path], size: int) -> np.ndarray:
     """Picture files as bytes (N, size, size, 3), RGB.
 
-    See `image.centre_crop`; cameras' notes of which side is up (EXIF) are heeded.
+    "package:skimage/data/chelsea.png" is a file inside an installed package. See
+    `image.centre_crop`; cameras' notes of which side is up (EXIF) are heeded.
 
     Raises:
       ValueError: a file is no picture, is damaged, or has more pixels than Pillow's limit.
@@ -244,8 +246,18 @@ def image_files(paths: Sequence[str | Path], size: int) -> np.ndarray:
         raise ValueError("no picture files were given")
     pictures = np.empty((len(paths), size, size, 3), np.uint8)
     for slot, path in zip(pictures, paths, strict=True):
-        slot[...] = _picture(Path(path), size)
+        slot[...] = _picture(_located(path), size)
     return pictures
+
+
+def _located(path: str | Path) -> Path:
+    package, found, file = str(path).removeprefix("package:").partition("/")
+    if not str(path).startswith("package:") or not found:
+        return Path(path)
+    spec = importlib.util.find_spec(package)  # does not import it
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"cannot read the picture {path}: the package {package} is not installed")
+    return Path(spec.submodule_search_locations[0]) / file
 
 
 def _picture(path: Path, size: int) -> np.ndarray:

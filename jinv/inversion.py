@@ -24,6 +24,7 @@ from jinv import (
     models,
     optimise,
     parallel,
+    pretraining,
     report,
     session,
 )
@@ -43,8 +44,8 @@ class Network:
     Attributes:
       model: name in the registry.
       name: in logs and reports, if not the model's: two networks of one architecture need two.
-      weights: a .pth or .safetensors file, "package" for weights inside an installed package, or
-        "random".
+      weights: a .pth or .safetensors file, "package" for weights inside an installed package, a
+        folder that scripts/pretrain.py wrote, or "random".
       classes: number of classes, if not the usual one.
     """
 
@@ -66,7 +67,12 @@ class Network:
 @functools.cache
 def _load(model: str, weights: str, classes: int | None, label: str) -> Net:
     try:
-        net = models.load(model, None if weights == "random" else weights, classes=classes)
+        if Path(weights).is_dir():
+            net = pretraining.load(weights)
+            if net.name != model:
+                raise ValueError(f"{weights} holds a {net.name}, not a {model}")
+        else:
+            net = models.load(model, None if weights == "random" else weights, classes=classes)
     except (ValueError, OSError, ImportError) as error:
         raise ValueError(f"cannot load {label}: {error}") from None
     return dataclasses.replace(net, name=label)
@@ -132,16 +138,7 @@ class Recipe:
 
 def recipe_from(tree: dict[str, Any]) -> Recipe:
     """A config file's tree as a `Recipe`, its preset applied."""
-    attack = tree.get("attack")
-    if isinstance(attack, dict) and "preset" in attack:
-        attack = dict(attack)
-        preset = attack.pop("preset")
-        if preset not in PRESETS:
-            raise configs.ConfigError(
-                f"no preset is called {preset!r}; there are: {', '.join(PRESETS)}"
-            )
-        tree = {**tree, "attack": {**configs.plain(PRESETS[preset]), **attack}}
-    return configs.build(Recipe, tree)
+    return configs.build(Recipe, configs.with_preset(tree, PRESETS))
 
 
 class Inversion:

@@ -36,7 +36,7 @@ from jinv import optimise, parallel
 from jinv.files import write_atomic
 from jinv.progress import Progress
 
-FOLDERS = ("checkpoints", "progress", "images")
+FOLDERS = ("checkpoints", "progress", "images", "bn_only")
 FILES = (
     *("summary.json", "metrics.csv", "scores.csv", "grid.png", "curves.svg", "report.html"),
     *("weights.safetensors", "classes.txt", "config.yaml"),
@@ -174,6 +174,7 @@ class Session:
         self._ended = False
         self._began = time.perf_counter()
         self._resume = resume
+        self._config = config
         self.interrupted = 0
         if resume and overwrite:
             raise SessionError("--resume and --overwrite exclude each other")
@@ -188,6 +189,10 @@ class Session:
     def seconds(self) -> float:
         """Time since the run began, without the time between its sessions."""
         return time.perf_counter() - self._began
+
+    def part(self, name: str) -> Session:
+        """A run that belongs to this one, in a folder below; it goes on where it was stopped."""
+        return Session(self.folder / name, self._config, self.options, resume=True)
 
     def read_summary(self) -> dict[str, Any]:
         """The summary of a finished run."""

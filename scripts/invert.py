@@ -52,60 +52,26 @@ memory or another failure of the device; 130 or 143 stopped and resumable.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from jinv import command, parallel, session, study
-from jinv import config as configs
-from jinv.inversion import Recipe, prepare, recipe_from
+from jinv import command, comparison, inversion, parallel
 
 
-def parse(
-    arguments: Sequence[str] | None = None,
-) -> tuple[Recipe, dict[str, Any], argparse.Namespace]:
-    """Command line -> (recipe with overrides, its variants, the command's own flags)."""
-    args, rest = command.flags(str(__doc__), arguments)
-    tree = configs.read_yaml(args.config)
-    variants = tree.pop("variants", None) or {}
-    if not isinstance(variants, dict) or not all(isinstance(v, dict) for v in variants.values()):
-        raise configs.ConfigError("variants must map names to the keys that are different")
-    recipe = command.override(recipe_from(tree), args, rest)
-    return recipe, {str(name): changes for name, changes in variants.items()}, args
-
-
-def invert(recipe: Recipe, variants: dict[str, Any], args: argparse.Namespace) -> None:
-    """One run, or a study of several."""
-    chosen = study.runs(recipe, variants)
-    for each in chosen:  # a mistake in any stops all before anything is computed
-        inversion = prepare(each.recipe)
-    tree = configs.plain(recipe) | ({"variants": variants} if variants else {})
-    how = {"resume": args.resume, "overwrite": args.overwrite}
-    run = session.Session(args.out, tree, recipe.run, **how)
-    if run.finished:
-        parallel.say(f"{args.out} holds this run, finished: nothing to do")
-        return
-    if chosen[0].folder:
-        study.execute(chosen, run, **how)
-        parallel.say(f"{args.out / 'report.html'} written")
-        return
-    summary = inversion.run(run)
+def say(summary: dict[str, Any]) -> None:
+    """What judges think of the images."""
     for name, share in summary.get("top1", {}).items():
         parallel.say(f"{name} gives {100 * share:.0f}% of the images their class")
-    parallel.say(f"{args.out / 'report.html'} written after {run.seconds:.0f} s")
+
+
+INVERSIONS = command.Kind(inversion.recipe_from, inversion.prepare, comparison.write, say)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-
-    def everything() -> None:
-        recipe, variants, args = parse(arguments)
-        parallel.start(args.coordinator, args.processes, args.process_id)
-        invert(recipe, variants, args)
-
     less = "--execution.images-at-once, --execution.networks-at-once 1, fewer images"
-    return command.run(everything, less)
+    return command.main(INVERSIONS, str(__doc__), arguments, less)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,9 @@ def summary(out: Path) -> dict[str, Any]:
 
 def runs_of(tree: dict[str, Any]) -> list[study.Run]:
     shared = {key: value for key, value in tree.items() if key != "variants"}
-    return study.runs(inversion.recipe_from(shared), tree.get("variants", {}))
+    return study.runs(
+        inversion.recipe_from(shared), tree.get("variants", {}), inversion.recipe_from
+    )
 
 
 @pytest.fixture(scope="module")
