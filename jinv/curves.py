@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -28,11 +29,7 @@ def plot(
     more. Values that are not finite leave gaps and are counted in the panel's corner. Dashed
     lines stand at `boundaries`, the first steps of new phases. Needs matplotlib.
     """
-    try:
-        import matplotlib
-        import matplotlib.figure
-    except ImportError as error:
-        raise ImportError("curves need matplotlib: pip install 'jinv[scripts]'") from error
+    matplotlib = _matplotlib()
     for name, values in metrics.items():
         if len(values) != len(steps):
             raise ValueError(f"{name!r} has {len(values)} values for {len(steps)} steps")
@@ -40,13 +37,7 @@ def plot(
     columns = max(1, min(count, 2 if count == 4 else 3))
     rows = max(1, math.ceil(count / columns))
     width, height = (11.0, 2.0) if columns == 3 else (5.5 * columns, 2.5)
-    style: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "jinv",
-        "font.family": "DejaVu Sans",
-        "font.size": 8.5,
-    }
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(_STYLE):
         figure = matplotlib.figure.Figure((width, rows * height + 0.35 * bool(title)))
         figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.08, wspace=0.08)
         if title:
@@ -60,10 +51,89 @@ def plot(
             axes[0].text(0.5, 0.5, "no curves recorded", color=MUTED, ha="center")
         for axis, (name, values) in zip(axes, metrics.items(), strict=False):
             _panel(axis, name, np.asarray(steps, float), np.asarray(values, float), boundaries)
-        buffer = io.BytesIO()
-        empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=empty)
+        return _svg(figure)
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """Values against a number, several for each of its values.
+
+    Attributes:
+      name: what the values are; the panel's title.
+      against: what the number is; under the axis.
+      points: number -> values.
+      reference: values that stand for themselves, drawn as a line across.
+    """
+
+    name: str
+    against: str
+    points: Mapping[float, Sequence[float]]
+    reference: Sequence[float] = ()
+
+
+def plot_series(series: Sequence[Sequence[Series]]) -> bytes:
+    """Draw rows of panels, mean and every single value of each point, as adaptive SVG."""
+    matplotlib = _matplotlib()
+    rows, columns = len(series), max(map(len, series))
+    with matplotlib.rc_context(_STYLE):
+        figure = matplotlib.figure.Figure((3.2 * columns, 2.0 * rows))
+        figure.set_layout_engine("constrained", w_pad=0.05, h_pad=0.08)
+        axes = figure.subplots(rows, columns, squeeze=False)
+        for line, drawn in zip(axes, series, strict=True):
+            for axis in line[len(drawn) :]:
+                axis.set_axis_off()
+            for axis, one in zip(line, drawn, strict=False):
+                _draw_series(axis, one)
+        return _svg(figure)
+
+
+def _draw_series(axis: Any, series: Series) -> None:
+    numbers = sorted(series.points)
+    _frame(axis, series.name)
+    axis.set_xlabel(series.against, color=MUTED)
+    if series.reference:
+        axis.axhline(np.mean(series.reference), color=MUTED, linewidth=0.8, dashes=(3, 3))
+    axis.plot(numbers, [np.mean(series.points[x]) for x in numbers], color=CURVE, linewidth=1.4)
+    for x in numbers:
+        values = series.points[x]
+        axis.plot([x] * len(values), values, ".", color=CURVE, markersize=4)
+    if numbers and min(numbers) > 0 and max(numbers) >= 8 * min(numbers):
+        axis.set_xscale("log")
+    axis.set_xticks(numbers, [f"{x:g}" for x in numbers])
+    axis.minorticks_off()
+
+
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "jinv",
+    "font.family": "DejaVu Sans",
+    "font.size": 8.5,
+}
+
+
+def _matplotlib() -> Any:
+    try:
+        import matplotlib
+        import matplotlib.figure
+    except ImportError as error:
+        raise ImportError("curves need matplotlib: pip install 'jinv[scripts]'") from error
+    return matplotlib
+
+
+def _svg(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=empty)
     return _adaptive(buffer.getvalue())
+
+
+def _frame(axis: Any, title: str) -> None:
+    axis.set_title(title, loc="left", color=INK, parse_math=False, fontsize=9.5, weight="bold")
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.spines["bottom"].set_color(RULE)
+    axis.tick_params(colors=MUTED, color=RULE, length=3)
+    axis.tick_params(axis="y", which="both", length=0)
+    axis.grid(axis="y", color=RULE, linewidth=0.6)
 
 
 def _panel(
@@ -72,12 +142,7 @@ def _panel(
     """Draw one curve with its name, its last value and the phases."""
     finite = np.isfinite(values)
     known = values[finite]
-    axis.set_title(name, loc="left", color=INK, parse_math=False, fontsize=9.5, weight="bold")
-    axis.spines[["top", "right", "left"]].set_visible(False)
-    axis.spines["bottom"].set_color(RULE)
-    axis.tick_params(colors=MUTED, color=RULE, length=3)
-    axis.tick_params(axis="y", which="both", length=0)
-    axis.grid(axis="y", color=RULE, linewidth=0.6)
+    _frame(axis, name)
     for boundary in boundaries:
         axis.axvline(boundary, color=MUTED, linewidth=0.8, dashes=(3, 3))
     axis.locator_params(axis="x", nbins=5, integer=True)

@@ -147,6 +147,12 @@ def to_bytes(pixels: Array | np.ndarray) -> np.ndarray:
     return np.asarray(np.rint(np.clip(np.asarray(pixels, np.float32), 0, 1) * 255), np.uint8)
 
 
+def rows(batches: Sequence[np.ndarray], scale: int = 1) -> np.ndarray:
+    """One row a batch of bytes (K, H, W, C), enlarged without smoothing: (H', W', C)."""
+    tiles = np.concatenate(batches).repeat(scale, 1).repeat(scale, 2)
+    return grid(tiles, columns=len(batches[0]))
+
+
 def grid(pixels: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:
     """Tile pixels or bytes (B, H, W, C) into one white-framed, rather wide sheet (H', W', C)."""
     count, height, width, channels = pixels.shape

@@ -126,6 +126,13 @@ def write_png(path: str | os.PathLike[str], pixels: np.ndarray) -> None:
     write_atomic(path, png(pixels))
 
 
+def read_png(path: str | os.PathLike[str]) -> np.ndarray:
+    """The bytes (H, W, 1 or 3) that `write_png` wrote."""
+    with Image.open(path, formats=("PNG",)) as picture:
+        pixels = np.asarray(picture)
+    return pixels[:, :, None] if pixels.ndim == 2 else pixels
+
+
 # The page -----------------------------------------------------------------------------------------
 
 _CSS = f"""

@@ -19,7 +19,7 @@ from PIL import Image
 
 from conftest import CACHE, ROOT
 from jinv import config as configs
-from jinv import inversion, session, study
+from jinv import inversion, leakage, session, study
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -275,14 +275,16 @@ def test_signals_save_a_checkpoint(
 
 
 CONFIGS = (path for path in (ROOT / "configs").glob("*.yaml") if "pretrain" not in path.stem)
+RECIPES = {True: leakage.recipe_from, False: inversion.recipe_from}
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS), ids=lambda p: p.stem)
 def test_every_config_reads_and_says_what_it_reproduces(path: Path) -> None:
     tree = configs.read_yaml(path)
     variants = tree.pop("variants", {})
-    assert study.runs(inversion.recipe_from(tree), variants)
-    header = path.read_text().split("networks:")[0]
+    recipe_from = RECIPES[path.stem.startswith("gradients")]
+    assert study.runs(recipe_from(tree), variants, recipe_from)
+    header = path.read_text().split("\nnetwork")[0]
     for word in ("Paper:", "Command:", "Hardware:", "Expected:"):
         assert word in header
     assert "MINUTES" not in header
