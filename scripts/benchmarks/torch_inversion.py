@@ -6,7 +6,8 @@ import copy
 import importlib
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from types import ModuleType
 
 import jax
 import numpy as np
@@ -109,7 +110,7 @@ def torch_network(name: str) -> nn.Module:
     if name == "efficientnet_lite0":
         net: nn.Module = EfficientNetLite0()
     else:
-        net = _torchvision_models()[name]()
+        net = getattr(torchvision().models, name)()
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             assert module.running_mean is not None
@@ -119,21 +120,19 @@ def torch_network(name: str) -> nn.Module:
     return net.eval()
 
 
-def _torchvision_models() -> dict[str, Callable[[], nn.Module]]:
+def torchvision() -> ModuleType:
+    """The package, also beside a torch that its compiled operators do not fit."""
     try:
-        torchvision = importlib.import_module("torchvision")
+        return importlib.import_module("torchvision")
     except ModuleNotFoundError:
         sys.exit("torchvision is not installed: pip install --no-deps torchvision")
     except RuntimeError:
-        # Its compiled operators do not fit this torch. Its classifiers use none of them, but it
-        # will not be imported unless these two are declared.
+        # Its classifiers use none of the operators, but it will not be imported unless these two
+        # are declared.
         for name in ("nms", "qnms"):
             signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
             _OPERATORS.define(name + signature)
-        torchvision = importlib.import_module("torchvision")
-    return {
-        name: getattr(torchvision.models, name) for name in ("resnet18", "resnet50", "mobilenet_v2")
-    }
+        return importlib.import_module("torchvision")
 
 
 _OPERATORS = torch.library.Library("torchvision", "FRAGMENT")  # declarations live as long as it
