@@ -34,6 +34,7 @@ bench: $(INSTALLED_DEV)  ## Time our steps against PyTorch's.
 	mkdir -p out
 	$(BIN)/python scripts/benchmark.py inversion --out out/benchmark_inversion.json
 	$(BIN)/python scripts/benchmark.py ensemble --out out/benchmark_ensemble.json
+	$(BIN)/python scripts/benchmark.py gradients --out out/benchmark_gradients.json
 
 lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
     python scripts/benchmark.py inversion --out inversion.json
     python scripts/benchmark.py inversion --out one.json --cases mobilenet_v2 --repeats 15
     python scripts/benchmark.py ensemble --out ensemble.json
+    python scripts/benchmark.py gradients --out gradients.json
 
 `inversion` times one DeepInversion step: frozen network, BatchNorm prior, cross-entropy, TV_2 and
 L2 priors, jitter and flip, Adam, clipping. Ours is the step that `jinv.optimise.run` runs. Peers,
@@ -24,7 +25,26 @@ float64, to 1e-6). A GPU adds ResNet-50 on 84 images of 224 px in bfloat16.
     one_device, data_parallel   the other placements; ours has a network on each device. Only where
                        there are several, such as JAX_NUM_CPU_DEVICES=2
 
-In both, rounds of `--steps` steps each take turns; rounds in which other processes used the machine
+`gradients` times one step of gradient inversion: gradient of the weights, its distance to the one
+that was sent, BatchNorm prior, TV and L2 priors, the gradient of all that with respect to the
+images, Adam, noise, clipping. Networks in evaluation mode; the same gradient, labels and initial
+images for all. Peers:
+
+    breaching          the package, 0.1.2, CPU or GPU as JAX: its own closure, optimiser and
+                       schedule, its configurations `seethroughgradients` (GradInversion) and
+                       `invertinggradients`. Left out with a hint where it is not installed
+    pytorch            our objective in eager PyTorch, as lean as one can write it
+    single_seeds       only for several seeds: ours, one seed after the other
+
+Of several seeds at once times are of one. PyTorch's take their steps one after the other, each with
+a network of its own, as breaching's restarts do (in its restarts every trial adds its hooks once
+more to the same network; here it does not have to carry that). No group prior: breaching has none.
+Before timing, all must give the same distance and the same gradient of it in float64: breaching's
+without priors (its TV and L2 are other means), PyTorch's with them. Where a case says so, the row
+of breaching has psnr_ours and psnr_peer: mean PSNR in dB of four photographs after equally many
+steps from the same noise, of the images with the lowest loss; breaching by its `reconstruct`.
+
+In all, rounds of `--steps` steps each take turns; rounds in which other processes used the machine
 are repeated (up to three times as many), and the quietest count. The JSON file holds
 
     machine    processor, cores, device, environment variables that matter
@@ -38,9 +58,10 @@ are repeated (up to three times as many), and the quietest count. The JSON file 
       others              cores that other processes kept busy, median over rounds
       loss_difference, gradient_difference   relative, between the sides, before timing
                           (`ensemble`: the loss only, in float32, and of pytorch_frozen)
+      psnr_ours, psnr_peer   `gradients` only
 
-and the rows are printed as a table. torch and torchvision are needed:
-`pip install torch torchvision`.
+and the rows are printed as a table. torch and torchvision are needed, and scikit-image by
+`gradients`: `pip install torch torchvision scikit-image`.
 """
 
 from __future__ import annotations
@@ -48,11 +69,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks import ensemble, inversion, timing
+from benchmarks import ensemble, gradients, inversion, timing
 
 COMMANDS = {
     "inversion": (inversion.run, "one DeepInversion step against PyTorch"),
     "ensemble": (ensemble.run, "one step of several networks jointly"),
+    "gradients": (gradients.run, "one step of gradient inversion against PyTorch and breaching"),
 }
 
 

@@ -19,10 +19,13 @@ import numpy as np
 import torch
 
 from jinv import optimise
-from jinv.attacks import deepinversion
+from jinv.attacks import deepinversion, gradient_inversion
 
 QUIET = 0.1
 """Cores that other processes may use in a round that counts."""
+
+
+Attack = deepinversion.Attack | gradient_inversion.Attack
 
 
 class Peer(Protocol):
@@ -54,7 +57,7 @@ class Round:
 
 
 def take_turns(
-    attack: deepinversion.Attack,
+    attack: Attack,
     images: jax.Array,
     peers: Mapping[str, Peer],
     repeats: int,
@@ -153,7 +156,7 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of Python and of the packages that do the work."""
-    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "torchvision")
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "torchvision", "breaching")
     found = {"python": platform.python_version()}
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
