@@ -120,7 +120,8 @@ class Recipe:
       originals: pictures that were behind it, to score against; may be unknown, and
       original_classes: theirs.
       labels: how classes are restored, see `jinv.attacks.labels`; "joint" optimises them with the
-        images (DLG); "known" gives the client's to the attacker.
+        images (DLG); "known" gives the client's to the attacker. Where the client took local
+        steps, every seed without a consensus tries another order of them over its batches.
       size: of the images; the network's by default.
       gray: optimise gray images.
       registration: how candidates are moved onto each other before their consensus is taken:
@@ -213,7 +214,7 @@ class Leakage:
         self.classes = self._classes()
         space = self.net.preprocessing
         self.space = space.gray() if recipe.gray else space
-        self.attack = self._build(recipe.attack, self.classes, recipe.execution)
+        self.attack = self._build(recipe.attack, self._ways(), recipe.execution)
         self.ablation = None
         if recipe.attack.gradient and self.attack.data.moments:
             alone = dataclasses.replace(recipe.attack, gradient=0.0, seeds=1, group=0.0)
@@ -225,7 +226,7 @@ class Leakage:
     def _build(
         self,
         config: gradient_inversion.Config,
-        classes: Sequence[int] | None,
+        classes: Sequence[int] | Sequence[Sequence[int]] | None,
         execution: gradient_inversion.Execution,
     ) -> gradient_inversion.Attack:
         recipe = self.recipe
@@ -237,7 +238,7 @@ class Leakage:
             size=recipe.size,
             space=self.space,
             register=REGISTER[recipe.registration],
-            defence=recipe.client.defence if recipe.client and recipe.knows_defence else None,
+            defence=self.known_defence,
             execution=execution,
         )
 
@@ -309,12 +310,20 @@ class Leakage:
 
     # --- the attacker -----------------------------------------------------------------------------
 
+    @property
+    def known_defence(self) -> Defence:
+        """What the attacker knows that the client did."""
+        recipe = self.recipe
+        return recipe.client.defence if recipe.client and recipe.knows_defence else Defence()
+
     def _restored(self) -> dict[str, np.ndarray | str]:
         """Counts by every method, or why it does not apply."""
         found: dict[str, np.ndarray | str] = {}
+        clipped = self.known_defence.clip is not None
         for method in labels.METHODS:
             try:
-                found[method] = labels.restore(labels.head_of(self.net, self.held), method)
+                head = labels.head_of(self.net, self.held, scaled=clipped)
+                found[method] = labels.restore(head, method)
             except ValueError as error:
                 found[method] = str(error)
         return found
@@ -331,6 +340,17 @@ class Leakage:
         if isinstance(counts, str):
             raise ValueError(f"cannot restore labels by {method!r}: {counts}")
         return labels.as_list(counts)
+
+    def _ways(self) -> list[int] | list[list[int]] | None:
+        """Classes for all seeds, or of every one where local steps make their order matter.
+
+        Seeds with a consensus are images of the same classes.
+        """
+        config, local = self.recipe.attack, self.held.local
+        if self.classes is None or local is None or (config.seeds > 1 and config.group):
+            return self.classes
+        ways = labels.orders(self.classes, local.batches, config.seeds, self.recipe.seed)
+        return [ways[i % len(ways)] for i in range(config.seeds)]
 
     def run(self, run: session.Session) -> dict[str, Any]:
         """Attack, score and write the results; returns the summary (of the main process)."""

@@ -177,6 +177,15 @@ def test_candidates_are_independent_without_a_group() -> None:
         np.testing.assert_allclose(together.best_loss[i], state.best_loss[0], rtol=1e-4)
 
 
+def test_every_seed_may_have_its_own_labels() -> None:
+    """Which image of a local step has which class: the right order has distance 0."""
+    net, held, secret = small(local=Local(0.5, ((0,), (1,))))
+    config = Config(**PLAIN | {"seeds": 2, "group": 0.0})
+    attack = gradient_inversion.build(config, net, held, [[2, 5], [5, 2]])
+    right, wrong = attack.distances(jnp.stack([secret.images] * 2), attack.data)
+    assert right < 1e-4 * wrong
+
+
 def test_a_group_draws_together_once_it_has_a_consensus() -> None:
     net, held, _ = small()
     base = PLAIN | {"steps": 60, "seeds": 4, "group_from": 20, "group_every": 10, "lr": 0.05}
@@ -241,6 +250,7 @@ def test_layers_count_by_the_beginning_of_their_names() -> None:
     [
         ([2], {}, "2 labels from 0 to 6 are needed"),
         ([2, 7], {}, "2 labels from 0 to 6 are needed"),
+        ([[2, 5], [5, 2]], {}, "2 labels from 0 to 6 are needed"),
         ([2, 5], {"execution": Execution(devices=99)}, "99 devices asked for"),
         ([2, 5], {"execution": Execution(seeds_at_once=3)}, "8 seeds cannot be taken 3 at once"),
     ],

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jinv import models
+import tiny
+from jinv import evidence, models
 from jinv.attacks import labels
 from jinv.attacks.labels import Head
+from jinv.evidence import Evidence, Local
 
 
 def head_of(
@@ -124,6 +128,56 @@ def test_resnet18_untrained_gives_away_every_label_of_64() -> None:
         truth = np.bincount(chosen, minlength=1000)
         for method in ("identity", "ilrg", "llg"):
             np.testing.assert_array_equal(labels.restore(head, method), truth, err_msg=method)
+
+
+@pytest.mark.parametrize("method", ["identity", "ilrg", "llg"])
+def test_a_clipped_gradient_gives_the_same_counts(method: str) -> None:
+    """Clipping scales by a factor that the attacker does not see."""
+    for seed in range(20):
+        features, chosen, weight, bias = problem(seed)
+        head = head_of(features, chosen, weight, bias)
+        assert head.bias_gradient is not None
+        clipped = dataclasses.replace(
+            head,
+            weight_gradient=0.07 * head.weight_gradient,
+            bias_gradient=0.07 * head.bias_gradient,
+            scaled=True,
+        )
+        truth = np.bincount(chosen, minlength=20)
+        np.testing.assert_array_equal(labels.restore(clipped, method), truth)
+
+
+def test_an_update_is_read_halfway_through_its_steps() -> None:
+    """A head that moves far while the client trains gives more away than its start alone."""
+    net = models.load("lenet", None)
+    local = Local(0.004, ((0, 1), (2, 3), (0, 1), (2, 3)))
+
+    @jax.jit
+    def sent(images: jax.Array, one_hot: jax.Array) -> dict:
+        return evidence.observed(net, net.variables, images, one_hot, local=local)
+
+    exact = {"start": 0, "halfway": 0}
+    for seed in range(12):
+        chosen = np.random.default_rng(seed).integers(0, 10, 4)
+        values = sent(tiny.noise((4, 28, 28, 1), seed), jax.nn.one_hot(chosen, 10))
+        halfway = labels.head_of(net, Evidence(jax.device_get(values), 4, local=local))
+        start = labels.head_of(net, Evidence(jax.device_get(values), 4))
+        start = dataclasses.replace(halfway, weight=start.weight, bias=start.bias)
+        for name, head in (("start", start), ("halfway", halfway)):
+            counts = labels.restore(head, "ilrg")
+            exact[name] += np.array_equal(counts, np.bincount(chosen, minlength=10))
+    assert exact["halfway"] >= exact["start"] + 3
+
+
+def test_orders_are_all_the_ways_to_share_classes_among_batches() -> None:
+    batches = ((0, 1), (2, 3), (0, 1))
+    found = labels.orders([1, 2, 3, 4], batches, most=50)
+    assert found[0] == [1, 2, 3, 4]
+    shared = {(frozenset(way[:2]), frozenset(way[2:])) for way in found}
+    assert len(found) == len(shared) == 6
+    assert len(labels.orders([1, 1, 2, 2], batches, most=50)) == 3
+    assert len(labels.orders([1, 2, 3, 4], ((0, 1, 2, 3),), most=50)) == 1
+    assert len(labels.orders(list(range(8)), batches=tuple((i,) for i in range(8)), most=5)) == 5
 
 
 def test_scores_by_hand() -> None:

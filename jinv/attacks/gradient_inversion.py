@@ -197,7 +197,7 @@ class Data(NamedTuple):
       variables: the network's, before.
       wanted: the evidence's values.
       moments: what is known of every BatchNorm layer's, () if nothing.
-      labels: (K, C), one-hot; () if they are optimised.
+      labels: (G, K, C), one-hot; () if they are optimised.
     """
 
     variables: Any
@@ -243,7 +243,7 @@ def build(
     config: Config,
     net: Net,
     evidence: Evidence,
-    labels: Sequence[int] | None,
+    labels: Sequence[int] | Sequence[Sequence[int]] | None,
     *,
     size: int | tuple[int, int] | None = None,
     space: image.Preprocessing | None = None,
@@ -257,7 +257,8 @@ def build(
       config: the mathematics.
       net: the victim's network as it was before.
       evidence: what it sent.
-      labels: K classes, as `labels.restore` finds them; None to optimise them with the images.
+      labels: K classes, as `labels.restore` finds them, or K for every seed; None to optimise them
+        with the images.
       size: of the images; defaults to the network's.
       space: what the images are normalised for while they are optimised, such as the network's
         own made `gray()`; defaults to the network's.
@@ -275,7 +276,9 @@ def build(
     count = evidence.images
     chosen = None if labels is None else np.asarray(labels)
     if chosen is not None and (
-        chosen.shape != (count,) or chosen.min() < 0 or chosen.max() >= net.classes
+        chosen.shape not in ((count,), (config.seeds, count))
+        or chosen.min() < 0
+        or chosen.max() >= net.classes
     ):
         raise ValueError(f"{count} labels from 0 to {net.classes - 1} are needed, not {labels}")
     if execution.images_at_once and (evidence.training or evidence.local):
@@ -334,7 +337,10 @@ def build(
             "nothing ties the images to the evidence: the gradient weighs 0 and no moments of "
             "BatchNorm layers are known or weighed"
         )
-    one_hot = () if chosen is None else jax.nn.one_hot(chosen, net.classes)
+    one_hot: Any = ()
+    if chosen is not None:
+        of_seeds = np.broadcast_to(chosen, (config.seeds, count))
+        one_hot = jax.nn.one_hot(of_seeds, net.classes)
     data = Data(net.variables, evidence.values, moments, one_hot)
     objective = _Objective(config, net, evidence, space, defence, execution)
     step = optimise.make_step(
@@ -413,7 +419,7 @@ class _Objective:
     def alone(self, key: Array, found: Any, data: Data) -> tuple[Array, dict[str, Array]]:
         """An `optimise.LossFn`: (G,) losses, mean terms."""
         del key
-        return self._of_all(lambda one: self._loss(one, data, None), found)
+        return self._of_all(lambda x, y: self._loss(x, y, data, None), found, data)
 
     def grouped(
         self, key: Array, found: Any, remembered: optimise.Remembered
@@ -421,32 +427,31 @@ class _Objective:
         """The same with a memory: the consensus."""
         del key
         data, consensus = remembered
-        return self._of_all(lambda one: self._loss(one, data, consensus), found)
+        return self._of_all(lambda x, y: self._loss(x, y, data, consensus), found, data)
 
     def distances(self, found: Any, data: Data) -> Array:
         """D(g(x), g*) of every candidate."""
-        return self._map(lambda one: self._matched(*self._parts(one, data), data)[0], found)
+        return self._map(lambda x, y: self._matched(x, y, data)[0], found, data)
 
-    def _of_all(self, of_one: Callable, found: Any) -> tuple[Array, dict[str, Array]]:
-        losses, values = self._map(of_one, found)
+    def _of_all(self, of_one: Callable, found: Any, data: Data) -> tuple[Array, dict[str, Array]]:
+        losses, values = self._map(of_one, found, data)
         return losses, {name: value.mean() for name, value in values.items()}
 
-    def _map(self, of_one: Callable, found: Any) -> Any:
+    def _map(self, of_one: Callable, found: Any, data: Data) -> Any:
+        """`of_one(images, labels)` of every candidate."""
+        if isinstance(found, Candidates):
+            found, labels = found.images, jax.nn.softmax(found.labels)
+        else:
+            labels = data.labels
         seeds = self.execution.seeds_at_once
         if seeds is None or seeds >= self.config.seeds:
-            return jax.vmap(of_one)(found)
-        return lax.map(of_one, found, batch_size=seeds)
-
-    def _parts(self, one: Any, data: Data) -> tuple[Array, Array]:
-        if isinstance(one, Candidates):
-            return one.images, jax.nn.softmax(one.labels)
-        return one, data.labels
+            return jax.vmap(of_one)(found, labels)
+        return lax.map(lambda one: of_one(*one), (found, labels), batch_size=seeds)
 
     def _loss(
-        self, one: Any, data: Data, consensus: Array | None
+        self, images: Array, labels: Array, data: Data, consensus: Array | None
     ) -> tuple[Array, dict[str, Array]]:
         config = self.config
-        images, labels = self._parts(one, data)
         weights: dict[str, float] = {}
         values: dict[str, Array] = {}
         seen = None

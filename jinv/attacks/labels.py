@@ -11,7 +11,7 @@ guess the probabilities, which the attacker does not see. All return counts that
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ class Head:
       images: K.
       probabilities: (C,) the attacker's guess of the mean prediction, such as the network's on
         noise or on public images; uniform if None.
+      scaled: the gradients are known up to a positive factor only, as where a client clips.
     """
 
     weight: np.ndarray
@@ -39,6 +40,7 @@ class Head:
     bias: np.ndarray | None = None
     bias_gradient: np.ndarray | None = None
     probabilities: np.ndarray | None = None
+    scaled: bool = False
 
     def __post_init__(self) -> None:
         features, classes = np.shape(self.weight)
@@ -79,10 +81,11 @@ class Head:
         return np.asarray(self.weight_gradient, np.float64).sum(0)
 
 
-def head_of(net: Net, evidence: Evidence) -> Head:
+def head_of(net: Net, evidence: Evidence, scaled: bool = False) -> Head:
     """The last linear layer of a network with what the evidence says of it.
 
-    A weight update of T local SGD steps counts as the mean of their gradients, -update / (lr T).
+    A weight update of T local SGD steps counts as the mean of their gradients, -update / (lr T),
+    at weights half-way between those before and after (as arXiv 2206.12395 interpolates).
 
     Raises:
       ValueError: no linear layer, or several, give the network's classes.
@@ -100,12 +103,17 @@ def head_of(net: Net, evidence: Evidence) -> Head:
         before, change = before[key], change[key]
     local = evidence.local
     scale = 1.0 if local is None else -1 / (local.lr * len(local.batches))
+
+    def halfway(name: Any) -> np.ndarray:
+        return np.asarray(before[name]) + (0.0 if local is None else np.asarray(change[name]) / 2)
+
     return Head(
-        np.asarray(before[weight]),
+        halfway(weight),
         scale * np.asarray(change[weight]),
         evidence.images,
-        None if bias is None else np.asarray(before[bias]),
+        None if bias is None else halfway(bias),
         None if bias is None else scale * np.asarray(change[bias]),
+        scaled=scaled,
     )
 
 
@@ -134,15 +142,12 @@ def minimum(head: Head) -> np.ndarray:
 def identity(head: Head) -> np.ndarray:
     """n_c = K (p_c - dL/db_c) with the guessed probabilities; exact where the guess is.
 
-    Without a bias, dL/db is the signal in units of a feature vector's sum, which follows from the
-    signal's positive part: sum_c |dL/db_c| must fit counts that sum to K.
+    Without a bias, dL/db is the signal in units of a feature vector's sum; of a clipped gradient
+    it is known up to a factor. Either unit follows from the signal's positive part.
     """
     signal = head.signal
-    if head.bias_gradient is None:
-        # Classes that are absent have dL/db_c = p_c: their signal gives the unit.
-        absent = signal > 0
-        unit = signal[absent].sum() / head.guess[absent].sum() if absent.any() else 1.0
-        signal = signal / unit if unit > 0 else signal
+    if head.bias_gradient is None or head.scaled:
+        signal = signal / _unit(signal, head.guess)
     return _repaired(head.images * (head.guess - signal), head.images)
 
 
@@ -151,7 +156,8 @@ def ilrg(head: Head) -> np.ndarray:
 
     Each class's mean feature is estimated as e_c = dL/dW_c / dL/db_c, its prediction as
     p_c = softmax(W' e_c + b), and the counts solve sum_c n_c = K,
-    sum_c n_c p_c[i] - n_i = K dL/db_i in the least-squares sense, n >= 0.
+    sum_c n_c p_c[i] - n_i = K dL/db_i in the least-squares sense, n >= 0. e_c does not depend on
+    a gradient's scale; where that is unknown, it and the counts are solved for in turn.
     """
     if head.bias_gradient is None or head.bias is None:
         raise ValueError("iLRG divides by the gradient of the head's bias: this head has none")
@@ -160,9 +166,22 @@ def ilrg(head: Head) -> np.ndarray:
     embeddings = np.asarray(head.weight_gradient, np.float64) / safe  # (D, C), one column a class
     predictions = _softmax(embeddings.T @ np.asarray(head.weight, np.float64) + head.bias)
     equations = np.concatenate([predictions.T - np.eye(head.classes), np.ones((1, head.classes))])
-    values = np.concatenate([head.images * bias_gradient, [head.images]])
-    # Counts are not negative: better than the paper's pseudo-inverse on trained networks.
-    return _repaired(scipy.optimize.nnls(equations, values)[0], head.images)
+
+    def solve(signal: np.ndarray) -> np.ndarray:
+        # Counts are not negative: better than the paper's pseudo-inverse on trained networks.
+        values = np.concatenate([head.images * signal, [head.images]])
+        return scipy.optimize.nnls(equations, values)[0]
+
+    if not head.scaled:
+        return _repaired(solve(bias_gradient), head.images)
+    mean = head.guess
+    for _ in range(_TURNS):
+        counts = solve(bias_gradient / _unit(bias_gradient, mean))
+        mean = counts @ predictions / max(counts.sum(), 1e-30)
+    return _repaired(counts, head.images)
+
+
+_TURNS = 5
 
 
 def llg(head: Head) -> np.ndarray:
@@ -214,6 +233,32 @@ def as_list(counts: np.ndarray) -> list[int]:
     return np.repeat(np.arange(len(counts)), counts).tolist()
 
 
+def orders(
+    classes: Sequence[int], batches: Sequence[Sequence[int]], most: int, seed: int = 0
+) -> list[list[int]]:
+    """Ways to give restored classes to the images of local steps, at most so many of them.
+
+    Counts do not say which image has which class. Without local steps that is no matter; with them
+    it decides which classes share a batch. No two ways returned give all batches the same classes.
+
+    Args:
+      classes: K, in any order; they are the first way.
+      batches: indices of the images of every step, as in `Evidence.local`.
+      most: how many ways; fewer if there are no more.
+      seed: of the random ways after the first.
+    """
+    rng = np.random.default_rng(seed)
+    found: dict[tuple[tuple[int, ...], ...], list[int]] = {}
+    way = list(classes)
+    # Every way is drawn sooner or later; where few are left, draws repeat.
+    for _ in range(100 * most):
+        found.setdefault(tuple(tuple(sorted(way[i] for i in b)) for b in batches), way)
+        if len(found) == most:
+            break
+        way = rng.permutation(np.asarray(classes)).tolist()
+    return list(found.values())
+
+
 def scores(found: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     """How right counts (C,) are.
 
@@ -228,6 +273,13 @@ def scores(found: np.ndarray, truth: np.ndarray) -> dict[str, float]:
         "recall": both / max(float(present.sum()), 1.0),
         "exact": float(np.array_equal(found, truth)),
     }
+
+
+def _unit(signal: np.ndarray, mean: np.ndarray) -> float:
+    """What the signal is in units of: classes that are absent have dL/db_c = p_c."""
+    absent = signal > 0
+    unit = signal[absent].sum() / mean[absent].sum() if absent.any() else 1.0
+    return float(unit) if unit > 0 else 1.0
 
 
 def _repaired(wanted: np.ndarray, total: int) -> np.ndarray:
