@@ -245,6 +245,26 @@ def test_layers_count_by_the_beginning_of_their_names() -> None:
     assert distance(**{"a": 0, "a.b": 5}) == pytest.approx(5 + 3)
 
 
+@pytest.mark.parametrize("kind", ["l2", "squared_l2", "cosine"])
+def test_the_program_grows_with_the_layers_not_with_their_square(kind: Any) -> None:
+    """Sums over layers are computed once, not in every layer's gradient again."""
+
+    def additions(layers: int) -> int:
+        wanted = [jnp.full((8, 8), i + 1.0) for i in range(layers)]
+
+        def distance(x: jax.Array) -> jax.Array:
+            found = []
+            for target in wanted:
+                x = jnp.tanh(x @ target)
+                found.append(x * x.mean())
+            return gradient_inversion.gradient_distance(found, wanted, kind)
+
+        program = jax.jit(jax.grad(distance)).lower(jnp.ones((8, 8))).compile()
+        return program.as_text().count(" add(")
+
+    assert additions(40) < 3 * additions(20)
+
+
 @pytest.mark.parametrize(
     ("chosen", "settings", "message"),
     [

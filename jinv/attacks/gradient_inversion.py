@@ -167,7 +167,7 @@ def _distance(matches: Sequence[Match | None], factors: Sequence[float], kind: D
     pairs = [(f, m) for f, m in zip(factors, matches, strict=True) if f and m is not None]
 
     def total(of: Callable[[Match], Array]) -> Array:
-        return sum((f * of(m) for f, m in pairs), jnp.zeros(()))
+        return _sum(jnp.stack([f * of(m) for f, m in pairs]))
 
     if kind == "l2":
         return total(lambda m: priors.root(m.difference))
@@ -177,6 +177,19 @@ def _distance(matches: Sequence[Match | None], factors: Sequence[float], kind: D
         lengths = jnp.sqrt(total(lambda m: m.own)) * jnp.sqrt(total(lambda m: m.wanted))
         return 1 - total(lambda m: m.product) / jnp.maximum(lengths, 1e-30)
     raise ValueError(f"no distance of gradients is called {kind!r}")
+
+
+@jax.custom_jvp
+def _sum(values: Array) -> Array:
+    """Of one number a layer.
+
+    XLA would turn a plain sum into a chain of additions, and repeat that for every pixel whose
+    gradient it scales: MobileNetV2's cosine distance took 8 times as long. Sorting stops it.
+    """
+    return jnp.sort(values).sum()
+
+
+_sum.defjvp(lambda values, tangents: (_sum(*values), jnp.sum(*tangents)))
 
 
 def _factors(tree: Any, layers: Mapping[str, float]) -> list[float]:
