@@ -132,8 +132,9 @@ class Execution:
 
     Attributes:
       devices: that share seeds and images; by default as many as can.
-      seeds_at_once: candidates whose gradients are computed at the same time, all by default;
-        fewer need less memory.
+      seeds_at_once: candidates whose gradients are computed at the same time; fewer need less
+        memory. By default all, but one where gradients are formed on a CPU: local steps, a
+        defence, `images_at_once`. Convolutions are slow there with a kernel for every seed.
       images_at_once: take the gradient so many images at a time, twice, in the memory of those;
         for victims in evaluation mode.
       gradients: "auto" does not form the large ones (see `jinv.matching`); "formed" forms all.
@@ -355,7 +356,7 @@ def build(
         of_seeds = np.broadcast_to(chosen, (config.seeds, count))
         one_hot = jax.nn.one_hot(of_seeds, net.classes)
     data = Data(net.variables, evidence.values, moments, one_hot)
-    objective = _Objective(config, net, evidence, space, defence, execution)
+    objective = _Objective(config, net, evidence, space, defence, execution, mesh)
     step = optimise.make_step(
         objective.grouped if grouped else objective.alone,
         optimiser,
@@ -420,6 +421,7 @@ class _Objective:
         space: image.Preprocessing,
         defence: Defence | None,
         execution: Execution,
+        mesh: Mesh,
     ) -> None:
         self.config = config
         self.net = net
@@ -428,6 +430,9 @@ class _Objective:
         self.defence = None if defence == Defence() else defence
         self.execution = execution
         self.factors = _factors(evidence.values, config.layers)
+        formed = evidence.local or self.defence or execution.images_at_once
+        one_by_one = formed and jax.default_backend() == "cpu" and mesh.size == 1
+        self.seeds_at_once = 1 if one_by_one else config.seeds
 
     def alone(self, key: Array, found: Any, data: Data) -> tuple[Array, dict[str, Array]]:
         """An `optimise.LossFn`: (G,) losses, mean terms."""
@@ -456,8 +461,8 @@ class _Objective:
             found, labels = found.images, jax.nn.softmax(found.labels)
         else:
             labels = data.labels
-        seeds = self.execution.seeds_at_once
-        if seeds is None or seeds >= self.config.seeds:
+        seeds = self.execution.seeds_at_once or self.seeds_at_once
+        if seeds >= self.config.seeds:
             return jax.vmap(of_one)(found, labels)
         return lax.map(lambda one: of_one(*one), (found, labels), batch_size=seeds)
 
