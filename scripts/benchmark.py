@@ -4,6 +4,7 @@
     python scripts/benchmark.py inversion --out one.json --cases mobilenet_v2 --repeats 15
     python scripts/benchmark.py ensemble --out ensemble.json
     python scripts/benchmark.py gradients --out gradients.json
+    python scripts/benchmark.py labels --out labels.json --repeats 12
 
 `inversion` times one DeepInversion step: frozen network, BatchNorm prior, cross-entropy, TV_2 and
 L2 priors, jitter and flip, Adam, clipping. Ours is the step that `jinv.optimise.run` runs. Peers,
@@ -35,6 +36,9 @@ images for all. Peers:
                        `invertinggradients`. Left out with a hint where it is not installed
     pytorch            our objective in eager PyTorch, as lean as one can write it
     single_seeds       only for several seeds: ours, one seed after the other
+    gradients=formed, images_at_once, seeds_at_once
+                       cases called "lean": ours with less memory, or with all gradients formed;
+                       with ours_mib and peer_mib as above, times of all seeds
 
 Of several seeds at once times are of one. PyTorch's take their steps one after the other, each with
 a network of its own, as breaching's restarts do (in its restarts every trial adds its hooks once
@@ -44,12 +48,18 @@ without priors (its TV and L2 are other means), PyTorch's with them. Where a cas
 of breaching has psnr_ours and psnr_peer: mean PSNR in dB of four photographs after equally many
 steps from the same noise, of the images with the lowest loss; breaching by its `reconstruct`.
 
-In all, rounds of `--steps` steps each take turns; rounds in which other processes used the machine
-are repeated (up to three times as many), and the quietest count. The JSON file holds
+`labels` times nothing: it counts which labels every method restores from gradients of trained
+networks, over `--repeats` batches. MobileNetV2 and EfficientNet-Lite0 get random crops of
+photographs, whose classes are what the network says of them; a ResNet-18 trained by
+`configs/pretrain_resnet18_fashion_mnist.yaml` gets FashionMNIST's test images. Its rows hold case,
+method, batches, and means of accuracy, precision, recall and exact (`jinv.attacks.labels.scores`).
+
+In the others, rounds of `--steps` steps each take turns; rounds in which other processes used the
+machine are repeated (up to three times as many), and the quietest count. The JSON file holds
 
     machine    processor, cores, device, environment variables that matter
     versions   of Python and the packages
-    rows       for every case and peer:
+    rows       but for `labels`, for every case and peer:
       case, peer, device
       ours_s, peer_s      median seconds a step
       ratio               median over rounds of peer_s / ours_s: above 1, jinv is faster
@@ -69,12 +79,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks import ensemble, gradients, inversion, timing
+from benchmarks import ensemble, gradients, inversion, labels, timing
 
 COMMANDS = {
     "inversion": (inversion.run, "one DeepInversion step against PyTorch"),
     "ensemble": (ensemble.run, "one step of several networks jointly"),
     "gradients": (gradients.run, "one step of gradient inversion against PyTorch and breaching"),
+    "labels": (labels.run, "labels that are restored from gradients of trained networks"),
 }
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
+from jinv import models
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +78,21 @@ def test_the_loop_that_is_timed_is_breachings_own(gradients: Any) -> None:
     best = stepped.best.permute(0, 2, 3, 1).numpy()
     assert np.abs(best - given.initial[0]).max() > 0.3
     np.testing.assert_array_equal(best, side().reconstruct())
+
+
+def test_labels_are_counted_by_every_method(gradients: Any) -> None:
+    """Of an untrained network all are right."""
+    module = importlib.import_module("benchmarks.labels")
+    net = models.load("lenet", None)
+
+    def draw(net: Any, count: int, generator: np.random.Generator) -> Any:
+        images = generator.normal(size=(count, 28, 28, 1)).astype(np.float32)
+        return jnp.asarray(images), generator.integers(0, 10, count).tolist()
+
+    rows = list(module.measure(module.Case("lenet", 4, False), net, draw, batches=3))
+    assert [row["method"] for row in rows] == ["minimum", "identity", "ilrg", "llg"]
+    assert set(rows[0]) == {
+        *("case", "method", "batches", "accuracy", "precision", "recall", "exact")
+    }
+    assert rows[2]["exact"] == 1
+    assert rows[0]["accuracy"] < 1  # no class twice

@@ -181,16 +181,8 @@ def lean(case: Case, repeats: int, steps: int) -> Iterator[dict]:
     peers = {name: Ours([other], images) for name, other in attacks.items()}
     rounds = timing.take_turns(attack, jnp.asarray(images), peers, repeats, steps)
     for name, other in attacks.items():
-        memory = {"ours_mib": temporary(attack), "peer_mib": temporary(other)}
+        memory = {"ours_mib": timing.step_mib(attack), "peer_mib": timing.step_mib(other)}
         yield timing.row(str(case), name, rounds, **memory)
-
-
-def temporary(attack: deepinversion.Attack) -> float:
-    """Memory that XLA plans for a step beside its arguments, in MiB."""
-    key = jax.random.key(0)
-    state = optimise.enter(attack.phases[0], attack.initial(key), 0)
-    compiled = jax.jit(attack.phases[0].step).lower(key, state, attack.data).compile()
-    return compiled.memory_analysis().temp_size_in_bytes / 2**20
 
 
 def run(args: argparse.Namespace) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import functools
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +37,7 @@ from benchmarks.torch_gradients import (
 )
 from jinv import evidence, image, optimise
 from jinv.attacks import gradient_inversion
-from jinv.attacks.gradient_inversion import Attack, Config
+from jinv.attacks.gradient_inversion import Attack, Config, Execution
 from jinv.evidence import Evidence
 from jinv.image import Preprocessing
 from jinv.models.layers import BatchNorm2d, Conv2d, Linear, max_pool
@@ -102,6 +104,13 @@ CASES = (
     Case("mobilenet_v2", 1, 112, "seethroughgradients"),
     Case("mobilenet_v2", 1, 112, "seethroughgradients", seeds=8),
     Case("mobilenet_v2", 1, 224, "seethroughgradients"),
+)
+LEAN: tuple[tuple[Case, dict[str, Any]], ...] = (
+    (Case("resnet18", 8, 64, "seethroughgradients"), {"gradients": "formed"}),
+    (Case("resnet18", 8, 64, "seethroughgradients"), {"images_at_once": 2}),
+    (Case("mobilenet_v2", 4, 224, "seethroughgradients"), {"gradients": "formed"}),
+    (Case("mobilenet_v2", 4, 224, "seethroughgradients"), {"images_at_once": 1}),
+    (Case("resnet18", 1, 64, "seethroughgradients", seeds=8), {"seeds_at_once": 2}),
 )
 PHOTOGRAPHS = ("chelsea", "coffee", "astronaut", "rocket")
 CIFAR10 = Preprocessing(32, (0.4915, 0.4823, 0.4468), (0.2470, 0.2435, 0.2616))
@@ -202,13 +211,22 @@ def recipe(case: Case, steps: int) -> Config:
     return dataclasses.replace(RECIPES[case.recipe], steps=steps, seeds=case.seeds)
 
 
-def our_attack(config: Config, net: Net, torch_net: nn.Module, given: Problem) -> Attack:
-    """On the same gradient."""
+def our_attack(
+    config: Config, net: Net, torch_net: nn.Module, given: Problem, **execution: Any
+) -> Attack:
+    """On the same gradient; `execution` as in `gradient_inversion.Execution`."""
     names = [name for name, _ in torch_net.named_parameters()]
     state = {name: g.cpu().numpy() for name, g in zip(names, given.sent, strict=True)}
     values = weights_convert.to_flax(state, evidence.parameters(net))
     held = Evidence(values, len(given.labels), statistics="running")
-    return gradient_inversion.build(config, net, held, given.labels.tolist(), size=given.space.size)
+    return gradient_inversion.build(
+        config,
+        net,
+        held,
+        given.labels.tolist(),
+        size=given.space.size,
+        execution=Execution(devices=1, **execution),
+    )
 
 
 def our_loss_and_gradient(
@@ -338,6 +356,20 @@ def measure(case: Case, repeats: int, steps: int) -> Iterator[dict]:
         yield timing.row(str(case), name, rounds, **more)
 
 
+def lean(case: Case, execution: dict[str, Any], repeats: int, steps: int) -> Iterator[dict]:
+    """What an option costs in time (ratio above 1: so much slower) and saves in memory."""
+    torch_net = network(case.network)
+    net = our_network(case.network, torch_net)
+    given = problem(case, torch_net, net)
+    shared = (recipe(case, steps * (1 + 3 * repeats)), net, torch_net, given)
+    attack, other = our_attack(*shared), our_attack(*shared, **execution)
+    name = ", ".join(f"{option}={value}" for option, value in execution.items())
+    peers = {name: Ours(other, given.initial)}
+    rounds = timing.take_turns(attack, jnp.asarray(given.initial), peers, repeats, steps)
+    memory = {"ours_mib": timing.step_mib(attack), "peer_mib": timing.step_mib(other)}
+    yield timing.row(f"lean {case}", name, rounds, **memory)
+
+
 def compare_reconstructions(case: Case, net: Net, torch_net: nn.Module) -> dict[str, float]:
     """Mean PSNR over the photographs in dB, ours and breaching's, after the case's steps."""
     ours, theirs = [], []
@@ -363,6 +395,11 @@ def run(args: argparse.Namespace) -> None:
     """The `gradients` command."""
     if not has_breaching():
         print(INSTALL)
-    cases = timing.chosen(CASES, args.cases)
-    measured = (measure(case, args.repeats, args.steps) for case in cases)
+    runs = {str(case): functools.partial(measure, case) for case in CASES}
+    runs |= {
+        f"lean {case} {options}": functools.partial(lean, case, options) for case, options in LEAN
+    }
+    measured = (
+        runs[name](args.repeats, args.steps) for name in timing.chosen(list(runs), args.cases)
+    )
     timing.report_rows(itertools.chain.from_iterable(measured), args.out)

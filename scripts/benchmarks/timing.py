@@ -109,6 +109,14 @@ def _quiet(r: Round) -> bool:
     return r.others < QUIET
 
 
+def step_mib(attack: Attack) -> float:
+    """Memory that XLA plans for an attack's step beside its arguments, in MiB."""
+    key = jax.random.key(0)
+    state = optimise.enter(attack.phases[0], attack.initial(key), 0)
+    compiled = jax.jit(attack.phases[0].step).lower(key, state, attack.data).compile()
+    return compiled.memory_analysis().temp_size_in_bytes / 2**20
+
+
 def row(case: str, peer: str, rounds: list[Round], **more: Any) -> dict[str, Any]:
     """What the rounds say of one peer."""
     ours = np.array([r.ours for r in rounds])
