@@ -1,0 +1,129 @@
+"""How a shadow model is trained, and what comes out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
+
+import optax
+from jax import Array
+
+from jinv.shadow import heads
+from jinv.shadow.heads import Head, Parameters
+
+Path = Literal["auto", "ordinary", "row_space"]
+Optimiser = Literal["sgd", "adam"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Privacy:
+    """DP-SGD (arXiv 1607.00133): every example's gradient clipped, then Gaussian noise.
+
+    Attributes:
+      noise_multiplier: sigma: the sum of clipped gradients gets noise of standard deviation
+        sigma * l2_norm_clip in every coordinate.
+      l2_norm_clip: largest norm of an example's gradient over all parameters.
+      sampling: q, probability of an example to take part in a step; None for 1 - 1/N, the paper's.
+    """
+
+    noise_multiplier: float
+    l2_norm_clip: float
+    sampling: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.noise_multiplier < 0 or self.l2_norm_clip <= 0:
+            raise ValueError("noise_multiplier must be at least 0 and l2_norm_clip positive")
+        if self.sampling is not None and not 0 < self.sampling <= 1:
+            raise ValueError(f"sampling is a probability above 0, not {self.sampling}")
+
+    def probability(self, examples: int) -> float:
+        """q for a set of so many examples."""
+        return 1 - 1 / examples if self.sampling is None else self.sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How a shadow model is trained. Defaults: MNIST, N = 10.
+
+    Attributes:
+      head: "linear", D -> classes; or "binary", D -> hidden -> 1 with a ReLU, labels 0 and 1.
+      classes: of "linear".
+      hidden: units of "binary".
+      pos_weight: of "binary": weight of label 1 in the loss.
+      epochs: passes over the training set; with `privacy` steps.
+      batch: examples a step, the last step of an epoch taking what is left; None for all.
+      optimiser: "sgd", torch.optim.SGD; "adam", torch.optim.Adam.
+      lr: learning rate.
+      momentum: of "sgd".
+      weight_decay: of all parameters, added to the gradient.
+      init_std: standard deviation of initial weights; biases start at 0.
+      privacy: None for ordinary gradients.
+      path: "row_space", "ordinary", or "auto" for the first where it is the same training.
+    """
+
+    head: heads.Kind = "linear"
+    classes: int = 10
+    hidden: int = 8
+    pos_weight: float = 1.0
+    epochs: int = 32
+    batch: int | None = None
+    optimiser: Optimiser = "sgd"
+    lr: float = 0.01
+    momentum: float = 0.0
+    weight_decay: float = 1e-5
+    init_std: float = 0.002
+    privacy: Privacy | None = None
+    path: Path = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("classes", "hidden", "epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.batch is not None and self.batch < 1:
+            raise ValueError(f"batch must be at least 1, not {self.batch}")
+        if self.lr <= 0 or self.pos_weight <= 0:
+            raise ValueError("lr and pos_weight must be positive")
+        if not 0 <= self.momentum < 1 or min(self.weight_decay, self.init_std) < 0:
+            raise ValueError("momentum must be in [0, 1), weight_decay and init_std at least 0")
+        for name, kind in (("head", heads.Kind), ("optimiser", Optimiser), ("path", Path)):
+            if getattr(self, name) not in get_args(kind):
+                choices = ", ".join(get_args(kind))
+                raise ValueError(f"{name} is one of {choices}, not {getattr(self, name)!r}")
+        if self.privacy is not None and self.batch is not None:
+            raise ValueError("with privacy examples are sampled one by one: set no batch")
+
+    def steps(self, examples: int) -> int:
+        """Of a whole training."""
+        return self.epochs * -(-examples // min(self.batch or examples, examples))
+
+
+class Shadow(NamedTuple):
+    """A trained head.
+
+    Attributes:
+      parameters: of the head, by name.
+      loss: () mean over its training set, after training.
+    """
+
+    parameters: Parameters
+    loss: Array
+
+
+Train = Callable[[Array, Array, Array], Shadow]
+"""(key, features (N, D), labels (N,)) -> a shadow model."""
+
+
+def make_head(config: Config) -> Head:
+    """The config's head."""
+    if config.head == "linear":
+        return heads.linear(config.classes, config.init_std)
+    return heads.binary(config.hidden, config.init_std, config.pos_weight)
+
+
+def make_optimiser(config: Config) -> optax.GradientTransformation:
+    """The config's optimiser; weight decay is added to the gradient, as in torch."""
+    decay = optax.add_decayed_weights(config.weight_decay)
+    if config.optimiser == "adam":
+        return optax.chain(decay, optax.adam(config.lr))
+    return optax.chain(decay, optax.sgd(config.lr, config.momentum or None))

@@ -1,0 +1,57 @@
+"""A shadow model as a pure function: `make_train(config) -> train(key, features, labels)`.
+
+`train` is to be vmapped over keys and training sets, sharded, or called inside a training step.
+There are two ways to the same weights. The ordinary one trains the head. The row-space one uses
+that N examples move the first layer's weights only inside the span of their features, and never
+touches anything of the features' size D in its loop.
+"""
+
+from __future__ import annotations
+
+import optax
+
+from jinv.shadow import ordinary, rowspace
+from jinv.shadow.config import Config, Train, make_head, make_optimiser
+from jinv.shadow.heads import Head
+
+
+def make_train(
+    config: Config,
+    *,
+    head: Head | None = None,
+    optimiser: optax.GradientTransformation | None = None,
+) -> Train:
+    """The function that trains one shadow model.
+
+    Args:
+      config: how.
+      head: one of your own; the config's by default.
+      optimiser: any of optax's instead of the config's. It takes the ordinary path.
+
+    Raises:
+      ValueError: the row-space path is asked for where it would be another training.
+    """
+    head = head or make_head(config)
+    reason = unsuitable(config, head, optimiser)
+    if config.path == "row_space" and reason:
+        raise ValueError(f"no row-space training: {reason}")
+    optimiser = optimiser or make_optimiser(config)
+    if config.path == "ordinary" or reason:
+        return ordinary.build(config, head, optimiser)
+    return rowspace.build(config, head, optimiser)
+
+
+def unsuitable(
+    config: Config, head: Head, optimiser: optax.GradientTransformation | None = None
+) -> str:
+    """Why row-space training would be another training, "" if it would not."""
+    if head.first is None:
+        return "the head does not begin with a matrix product of the features (`Head.first`)"
+    if optimiser is not None:
+        return "an optimiser of your own may treat coordinates differently"
+    if config.optimiser == "adam":
+        return (
+            "Adam divides every coordinate by its own size, so that weights leave the span of the "
+            "features"
+        )
+    return ""
