@@ -285,6 +285,9 @@ def test_what_ties_nothing_to_the_evidence_is_refused() -> None:
     net, held, _ = small()
     with pytest.raises(ValueError, match="nothing ties the images to the evidence"):
         gradient_inversion.build(Config(gradient=0.0), net, held, [2, 5])
+    nothing = dict.fromkeys(held.values, 0.0)
+    with pytest.raises(ValueError, match="every layer's factor is 0"):
+        gradient_inversion.build(Config(layers=nothing), net, held, [2, 5])
     trained, _ = evidence.simulate(net, tiny.noise((2, 16, 16, 3)), [2, 5], training=True)
     with pytest.raises(ValueError, match="images do not act on each other"):
         gradient_inversion.build(

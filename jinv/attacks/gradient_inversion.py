@@ -346,6 +346,8 @@ def build(
     moments: Any = ()
     if config.batch_norm and net.statistics and evidence.statistics != "none":
         moments = net.running_moments() if evidence.moments is None else evidence.moments
+    if config.gradient and not any(_factors(evidence.values, config.layers)):
+        raise ValueError("every layer's factor is 0: set gradient: 0 to leave the gradient out")
     if not config.gradient and not moments:
         raise ValueError(
             "nothing ties the images to the evidence: the gradient weighs 0 and no moments of "
