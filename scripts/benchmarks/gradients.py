@@ -98,7 +98,7 @@ CASES = (
     Case("convnet", 1, 32, "invertinggradients"),
     Case("convnet", 1, 32, "invertinggradients", seeds=8),
     Case("convnet", 1, 32, "seethroughgradients"),
-    Case("resnet18", 1, 64, "seethroughgradients"),
+    Case("resnet18", 1, 64, "seethroughgradients", steps=150),
     Case("resnet18", 4, 64, "seethroughgradients"),
     Case("resnet18", 1, 64, "seethroughgradients", seeds=8),
     Case("mobilenet_v2", 1, 112, "seethroughgradients"),
