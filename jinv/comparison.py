@@ -65,43 +65,35 @@ def write(
         )
     )
     for run in chosen:
-        title = " ".join(filter(None, (study.title(run.variant), *run.folder.split("/")[1:])))
         grid = (whole.folder / run.folder / "grid.png").read_bytes()
         intro = f"Inverted: {run.recipe.networks[0].label}" + "".join(
             f", {network.label}" for network in run.recipe.networks[1:]
         )
-        sections.append(report.Section(title, report.Figure(grid, f"Images of {title}"), intro))
+        sections.append(
+            report.Section(run.title, report.Figure(grid, f"Images of {run.title}"), intro)
+        )
     timing: dict[str, study.Value] = {
         "seconds": study.at("seconds"),
         "seconds a step": study.at("seconds_per_step"),
         "steps": study.at("steps"),
     }
     sections.append(report.Section("Time", table("", timing)))
-    config = (whole.folder / "config.yaml").read_text()
-    sections.append(report.Section("Config", report.Text(config)))
-    report.write_html(
-        whole.folder / "report.html",
-        f"{len(variants)} ways to invert" if len(variants) > 1 else f"{len(chosen)} trials",
-        sections,
-        lead=f"{len(chosen)} runs. Where a cell holds several trials it says mean ± deviation.",
-    )
-    whole.finish(
-        {
-            "runs": {run.folder: s for run, s in zip(chosen, summaries, strict=True)},
-            "variants": {
-                study.title(name): {
-                    "inverted": sorted(inverted[name]),
-                    "trials": len(found),
-                    "top1": {
-                        n: float(np.mean([s["top1"][n] for s in found]))
-                        for n in networks
-                        if all(n in s["top1"] for s in found)
-                    },
-                    "seconds": sum(s["seconds"] for s in found),
-                }
-                for name, found in by_variant.items()
-            },
-            "held_out": held_out,
-            "seconds": round(sum(s["seconds"] for s in summaries), 3),
-        }
-    )
+    title = f"{len(variants)} ways to invert" if len(variants) > 1 else f"{len(chosen)} trials"
+    lead = f"{len(chosen)} runs. Where a cell holds several trials it says mean ± deviation."
+    summary = {
+        "variants": {
+            study.title(name): {
+                "inverted": sorted(inverted[name]),
+                "trials": len(found),
+                "top1": {
+                    n: float(np.mean([s["top1"][n] for s in found]))
+                    for n in networks
+                    if all(n in s["top1"] for s in found)
+                },
+                "seconds": sum(s["seconds"] for s in found),
+            }
+            for name, found in by_variant.items()
+        },
+        "held_out": held_out,
+    }
+    study.finish(whole, chosen, summaries, title, lead, sections, summary)

@@ -318,11 +318,14 @@ class Leakage:
 
     def _restored(self) -> dict[str, np.ndarray | str]:
         """Counts by every method, or why it does not apply."""
-        found: dict[str, np.ndarray | str] = {}
         clipped = self.known_defence.clip is not None
+        try:
+            head = labels.head_of(self.net, self.held, scaled=clipped)
+        except ValueError as error:
+            return dict.fromkeys(labels.METHODS, str(error))
+        found: dict[str, np.ndarray | str] = {}
         for method in labels.METHODS:
             try:
-                head = labels.head_of(self.net, self.held, scaled=clipped)
                 found[method] = labels.restore(head, method)
             except ValueError as error:
                 found[method] = str(error)
@@ -355,13 +358,8 @@ class Leakage:
     def run(self, run: session.Session) -> dict[str, Any]:
         """Attack, score and write the results; returns the summary (of the main process)."""
         ablated = None if self.ablation is None else self._ablated(run)
-        state = run.run(
-            self.attack.phases,
-            self.key,
-            self.attack.initial(self.noise_key),
-            self.attack.data,
-            pictures=lambda found: report.png(image.grid(self.pixels(_images(found)[0]))),
-            score=self._on_the_way if self.secret is not None else None,
+        state = self._optimise(
+            run, self.attack, self._on_the_way if self.secret is not None else None
         )
         distances = parallel.fetch(self.attack.distances(state.best_images, self.attack.data))
         found, losses = parallel.fetch((state.best_images, state.best_loss))
@@ -372,19 +370,25 @@ class Leakage:
         )
         return summary
 
+    def _optimise(
+        self, run: session.Session, attack: gradient_inversion.Attack, score: Any = None
+    ) -> Any:
+        return run.run(
+            attack.phases,
+            self.key,
+            attack.initial(self.noise_key),
+            attack.data,
+            pictures=lambda found: report.png(image.grid(self.pixels(_images(found)[0]))),
+            score=score,
+        )
+
     def _ablated(self, run: session.Session) -> np.ndarray:
         """Images without the gradient, from a run of its own in a folder below."""
         assert self.ablation is not None
         own = run.part(ABLATION)
         if not own.finished:
             parallel.say("without the gradient, from BatchNorm statistics alone:")
-            state = own.run(
-                self.ablation.phases,
-                self.key,
-                self.ablation.initial(self.noise_key),
-                self.ablation.data,
-                pictures=lambda found: report.png(image.grid(self.pixels(_images(found)[0]))),
-            )
+            state = self._optimise(own, self.ablation)
             images = parallel.fetch(_images(state.best_images))[0]
 
             def keep() -> None:

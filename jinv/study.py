@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jinv import config as configs
-from jinv import parallel, session
+from jinv import parallel, report, session
 
 Value = Callable[[Mapping[str, Any]], float | None]
 """Reads a number off a summary."""
@@ -28,6 +28,11 @@ class Run:
     variant: str
     folder: str
     recipe: Any
+
+    @property
+    def title(self) -> str:
+        """In the study's page."""
+        return " ".join(filter(None, (title(self.variant), *self.folder.split("/")[1:])))
 
 
 class Runnable(Protocol):
@@ -133,6 +138,28 @@ def execute(
     parallel.on_main(
         lambda: compare(chosen, [own.read_summary() for own in sessions], whole),
         session.SessionError,
+    )
+
+
+def finish(
+    whole: session.Session,
+    chosen: Sequence[Run],
+    summaries: Sequence[dict[str, Any]],
+    heading: str,
+    lead: str,
+    sections: Sequence[report.Section],
+    found: Mapping[str, Any],
+) -> None:
+    """Write report.html, with the config at its end, and the summary with what was found."""
+    config = (whole.folder / "config.yaml").read_text()
+    ending = report.Section("Config", report.Text(config))
+    report.write_html(whole.folder / "report.html", heading, [*sections, ending], lead=lead)
+    whole.finish(
+        {
+            "runs": {run.folder: s for run, s in zip(chosen, summaries, strict=True)},
+            **found,
+            "seconds": round(sum(s["seconds"] for s in summaries), 3),
+        }
     )
 
 

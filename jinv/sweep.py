@@ -56,32 +56,20 @@ def write(
             0, report.Section("Leakage", report.Figure(svg, "Leakage against strength"), _LEGEND)
         )
     for run in chosen:
-        title = " ".join(filter(None, (study.title(run.variant), *run.folder.split("/")[1:])))
         grid = (whole.folder / run.folder / "grid.png").read_bytes()
-        figure = report.Figure(grid, f"Original and reconstruction, {title}")
-        sections.append(report.Section(title, figure))
-    config = (whole.folder / "config.yaml").read_text()
-    sections.append(report.Section("Config", report.Text(config)))
-    report.write_html(
-        whole.folder / "report.html",
-        "What gradients betray",
-        sections,
-        lead=f"{len(chosen)} attacks on simulated clients.",
-    )
-    whole.finish(
-        {
-            "runs": {run.folder: s for run, s in zip(chosen, summaries, strict=True)},
-            "variants": {
-                study.title(name): {
-                    "trials": len(of),
-                    **{key: _mean(value, of) for key, (_, value) in MEASURES.items()},
-                    "epsilon": of[0]["evidence"]["epsilon"],
-                }
-                for name, of in found.items()
-            },
-            "seconds": round(sum(s["seconds"] for s in summaries), 3),
+        figure = report.Figure(grid, f"Original and reconstruction, {run.title}")
+        sections.append(report.Section(run.title, figure))
+    variants = {
+        study.title(name): {
+            "trials": len(of),
+            **{key: _mean(value, of) for key, (_, value) in MEASURES.items()},
+            "epsilon": of[0]["evidence"]["epsilon"],
         }
-    )
+        for name, of in found.items()
+    }
+    lead = f"{len(chosen)} attacks on simulated clients."
+    title = "What gradients betray"
+    study.finish(whole, chosen, summaries, title, lead, sections, {"variants": variants})
 
 
 _LEGEND = "Dots are clients, lines their means; dashed: the first variant without a number."

@@ -434,7 +434,7 @@ class _Objective:
         self.factors = _factors(evidence.values, config.layers)
         formed = evidence.local or self.defence or execution.images_at_once
         one_by_one = formed and jax.default_backend() == "cpu" and mesh.size == 1
-        self.seeds_at_once = 1 if one_by_one else config.seeds
+        self.seeds_at_once = execution.seeds_at_once or (1 if one_by_one else config.seeds)
 
     def alone(self, key: Array, found: Any, data: Data) -> tuple[Array, dict[str, Array]]:
         """An `optimise.LossFn`: (G,) losses, mean terms."""
@@ -463,7 +463,7 @@ class _Objective:
             found, labels = found.images, jax.nn.softmax(found.labels)
         else:
             labels = data.labels
-        seeds = self.execution.seeds_at_once or self.seeds_at_once
+        seeds = self.seeds_at_once
         if seeds >= self.config.seeds:
             return jax.vmap(of_one)(found, labels)
         return lax.map(lambda one: of_one(*one), (found, labels), batch_size=seeds)

@@ -197,6 +197,7 @@ def problem(case: Case, torch_net: nn.Module, net: Net, first: int = 0) -> Probl
     return Problem(secret, labels, sent(torch_net, secret, labels), initial, space)
 
 
+@functools.cache
 def photograph(name: str) -> Image.Image:
     """One of scikit-image's."""
     try:
@@ -274,16 +275,9 @@ def check_agreement(
             side = TorchMatching(config, *shared)
         expected, expected_gradient = side.loss_and_gradient()
         loss, gradient = our_loss_and_gradient(config, net, torch_net, given)
-    loss_difference = abs(loss - expected) / abs(expected)
-    gradient_difference = float(
-        np.linalg.norm(gradient - expected_gradient) / np.linalg.norm(expected_gradient)
+    return timing.agreement(
+        f"{case}: {peer}", (loss, gradient), (expected, expected_gradient), tolerance
     )
-    if not (loss_difference < tolerance and gradient_difference < tolerance):
-        sys.exit(
-            f"{case}: {peer} does not compute the same: loss {loss} against {expected}, "
-            f"gradients differ by {gradient_difference:.1e}"
-        )
-    return {"loss_difference": loss_difference, "gradient_difference": gradient_difference}
 
 
 def _double(leaf: Array) -> Array:

@@ -6,7 +6,6 @@ import argparse
 import copy
 import dataclasses
 import itertools
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -100,7 +99,7 @@ def our_loss_and_gradient(
 
 def check_agreement(
     case: Case, peer: str, torch_net: nn.Module, net: Net, images: np.ndarray, targets: np.ndarray
-) -> tuple[float, float]:
+) -> dict[str, float]:
     """Relative differences of loss and gradient; ends the program if the work is not the same.
 
     In float64 on CPU: in float32 rounding moves a few ReLUs over their kink, which alone changes
@@ -116,16 +115,9 @@ def check_agreement(
         side = TorchInversion(peer, [torch_net], [SAME], images, targets, bounds, 2, case.dtype)
         expected, expected_gradient = side.loss_and_gradient()
         loss, gradient = our_loss_and_gradient(net, case, images, targets)
-    loss_difference = abs(loss - expected) / abs(expected)
-    gradient_difference = float(
-        np.linalg.norm(gradient - expected_gradient) / np.linalg.norm(expected_gradient)
+    return timing.agreement(
+        f"{case}: {peer}", (loss, gradient), (expected, expected_gradient), tolerance
     )
-    if not (loss_difference < tolerance and gradient_difference < tolerance):
-        sys.exit(
-            f"{case}: {peer} does not compute the same: loss {loss} against {expected}, "
-            f"gradients differ by {gradient_difference:.1e}"
-        )
-    return loss_difference, gradient_difference
 
 
 def measure(case: Case, peers: tuple[str, ...], repeats: int, steps: int) -> Iterator[dict]:
@@ -144,14 +136,8 @@ def measure(case: Case, peers: tuple[str, ...], repeats: int, steps: int) -> Ite
     }
     attack = our_attack(net, case, targets, deepinversion.Phase(total, jitter=JITTER))
     rounds = timing.take_turns(attack, jnp.asarray(images), sides, repeats, steps)
-    for name, (loss_difference, gradient_difference) in differences.items():
-        yield timing.row(
-            str(case),
-            name,
-            rounds,
-            loss_difference=loss_difference,
-            gradient_difference=gradient_difference,
-        )
+    for name, difference in differences.items():
+        yield timing.row(str(case), name, rounds, **difference)
 
 
 def problem(batch: int, size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,19 @@ def crops(net: Net, count: int, generator: np.random.Generator) -> Batch:
     return images, net(images).logits.argmax(-1).tolist()
 
 
+@functools.cache
+def _load(network: Network) -> Net:
+    return network.load()
+
+
+@functools.cache
+def _garments() -> data.Dataset:
+    return data.fashion_mnist("test")
+
+
 def garments(net: Net, count: int, generator: np.random.Generator) -> Batch:
     """FashionMNIST's test images with their own classes."""
-    everything = data.fashion_mnist("test")
+    everything = _garments()
     drawn = everything.take(generator.permutation(len(everything))[:count])
     gray = jnp.asarray(drawn.images / np.float32(255))
     pixels = jnp.repeat(gray, net.preprocessing.channels, -1)
@@ -107,9 +118,9 @@ def run(args: argparse.Namespace) -> None:
     rows: list[dict] = []
     for case in timing.chosen(CASES, args.cases):
         if case.network != "resnet18_cifar_slim":
-            net, draw = Network(case.network).load(), crops
+            net, draw = _load(Network(case.network)), crops
         elif VICTIM.exists():
-            net, draw = Network(case.network, weights=str(VICTIM)).load(), garments
+            net, draw = _load(Network(case.network, weights=str(VICTIM))), garments
         else:
             print(f"{case}: left out, train it with scripts/pretrain.py into {VICTIM}")
             continue

@@ -109,6 +109,23 @@ def _quiet(r: Round) -> bool:
     return r.others < QUIET
 
 
+def agreement(
+    what: str, ours: tuple[float, np.ndarray], theirs: tuple[float, np.ndarray], tolerance: float
+) -> dict[str, float]:
+    """Relative differences of (loss, gradient); ends the program if they exceed the tolerance."""
+    (loss, gradient), (expected, expected_gradient) = ours, theirs
+    loss_difference = abs(loss - expected) / abs(expected)
+    gradient_difference = float(
+        np.linalg.norm(gradient - expected_gradient) / np.linalg.norm(expected_gradient)
+    )
+    if not (loss_difference < tolerance and gradient_difference < tolerance):
+        sys.exit(
+            f"{what} does not compute the same: loss {loss} against {expected}, gradients differ "
+            f"by {gradient_difference:.1e}"
+        )
+    return {"loss_difference": loss_difference, "gradient_difference": gradient_difference}
+
+
 def step_mib(attack: Attack) -> float:
     """Memory that XLA plans for an attack's step beside its arguments, in MiB."""
     key = jax.random.key(0)
