@@ -87,7 +87,7 @@ def torch_parameters(config: Config, network: Any) -> dict[str, np.ndarray]:
     names = ["weight", "bias"]
     if config.head == "binary":
         names = ["hidden.weight", "hidden.bias", "output.weight", "output.bias"]
-    values = [p.detach().numpy().T for p in network.parameters()]
+    values = [p.detach().numpy() for p in network.parameters()]
     return dict(zip(names, values, strict=True))
 
 
@@ -100,7 +100,7 @@ def torch_training(config: Config, features: np.ndarray, labels: np.ndarray) -> 
         head = make_head(config)
         initial = head.init(jax.random.split(KEY, 3)[0], features.shape[1])
     for p, value in zip(network.parameters(), initial.values(), strict=True):
-        p.data = torch.tensor(np.asarray(value).T.copy())
+        p.data = torch.tensor(np.asarray(value).copy())
     x, y = torch.tensor(features), torch.tensor(labels)
     settings = {"lr": config.lr, "weight_decay": config.weight_decay}
     if config.optimiser == "sgd":
@@ -195,9 +195,9 @@ def sample(seed: int, config: Config) -> np.ndarray:
 
 
 def distinguishable(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether any coordinate, or any of some sums of them, differs in distribution."""
+    """Whether any coordinate, any of some sums of them, or their square differs in distribution."""
     directions = np.random.default_rng(0).normal(size=(a.shape[1], 10))
-    both = [np.concatenate([x, x @ directions], 1) for x in (a, b)]
+    both = [np.concatenate([x, x @ directions, (x**2).sum(1, keepdims=True)], 1) for x in (a, b)]
     tests = [
         scipy.stats.ks_2samp(*columns).pvalue for columns in zip(*(x.T for x in both), strict=True)
     ]

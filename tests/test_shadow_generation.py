@@ -27,7 +27,7 @@ def test_a_shadow_is_the_same_in_any_company() -> None:
     generate = make_generate(train)
     positions = jnp.arange(40)
     together = generate(KEY, features, positions, *sets)
-    assert together.parameters["weight"].shape == (40, 24, 10)
+    assert together.parameters["weight"].shape == (40, 10, 24)
     few = slice(17, 20)
     some = generate(KEY, features, positions[few], sets.indices[few], sets.labels[few])
     np.testing.assert_allclose(

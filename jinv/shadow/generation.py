@@ -8,6 +8,7 @@ import jax
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
+from jinv.prng import written_out
 from jinv.shadow.config import Shadow, Train
 
 SHADOWS = "shadows"
@@ -27,7 +28,7 @@ def make_generate(train: Train, mesh: Mesh | None = None) -> Generate:
     """
 
     def one(key: Array, features: Array, position: Array, chosen: Array, labels: Array) -> Shadow:
-        return train(jax.random.fold_in(key, position), features[chosen], labels)
+        return train(jax.random.fold_in(written_out(key), position), features[chosen], labels)
 
     many = jax.vmap(one, (None, None, 0, 0, 0))
     if mesh is not None:

@@ -19,14 +19,16 @@ Kind = Literal["linear", "binary"]
 class Head:
     """A network of features x (N, D), as pure functions.
 
+    Matrices are (outputs, inputs), as torch's: D is the axis that processors work along.
+
     Attributes:
       init: (key, D) -> parameters.
       apply: (parameters, x) -> outputs, one (or one vector) an example.
       loss: (outputs, labels (N,)) -> (N,), of every example alone.
       correct: (outputs, labels) -> (N,) booleans.
-      first: name of the matrix (D, H) with which all that the network does with x begins, x @ W;
+      first: name of the matrix (H, D) with which all that the network does with x begins, x W';
         None if it does not begin so.
-      after: (the other parameters, x @ W) -> outputs, with `first`.
+      after: (the other parameters, x W') -> outputs, with `first`.
       first_std: of the initial W, whose entries are N(0, first_std^2), with `first`.
     """
 
@@ -45,14 +47,19 @@ class Head:
             )
 
 
-def linear(classes: int, init_std: float) -> Head:
-    """x W + b, cross-entropy over classes.
+def without(parameters: Parameters, *names: str) -> Parameters:
+    """The other parameters."""
+    return {name: value for name, value in parameters.items() if name not in names}
 
-    Parameters `weight` (D, classes), N(0, init_std^2), and `bias`, 0.
+
+def linear(classes: int, init_std: float) -> Head:
+    """x W' + b, cross-entropy over classes.
+
+    Parameters `weight` (classes, D), N(0, init_std^2), and `bias`, 0.
     """
 
     def init(key: Array, features: int) -> Parameters:
-        weight = init_std * jax.random.normal(key, (features, classes))
+        weight = init_std * jax.random.normal(key, (classes, features))
         return {"weight": weight, "bias": jnp.zeros(classes)}
 
     def after(parameters: Parameters, z: Array) -> Array:
@@ -70,25 +77,25 @@ def linear(classes: int, init_std: float) -> Head:
 
 
 def binary(hidden: int, init_std: float, pos_weight: float = 1.0) -> Head:
-    """relu(x W_1 + b_1) W_2 + b_2, one logit z of label 1.
+    """relu(x W_1' + b_1) W_2' + b_2, one logit z of label 1.
 
     Loss -(pos_weight y log s(z) + (1 - y) log(1 - s(z))) with the logistic function s, as torch's
-    BCEWithLogitsLoss. Parameters `hidden.weight` (D, hidden), `output.weight` (hidden, 1), both
+    BCEWithLogitsLoss. Parameters `hidden.weight` (hidden, D), `output.weight` (1, hidden), both
     N(0, init_std^2), and their `bias`, 0.
     """
 
     def init(key: Array, features: int) -> Parameters:
         keys = jax.random.split(key)
         return {
-            "hidden.weight": init_std * jax.random.normal(keys[0], (features, hidden)),
+            "hidden.weight": init_std * jax.random.normal(keys[0], (hidden, features)),
             "hidden.bias": jnp.zeros(hidden),
-            "output.weight": init_std * jax.random.normal(keys[1], (hidden, 1)),
+            "output.weight": init_std * jax.random.normal(keys[1], (1, hidden)),
             "output.bias": jnp.zeros(1),
         }
 
     def after(parameters: Parameters, z: Array) -> Array:
         active = jax.nn.relu(z + parameters["hidden.bias"])
-        return (active @ parameters["output.weight"] + parameters["output.bias"])[..., 0]
+        return (active @ parameters["output.weight"].T + parameters["output.bias"])[..., 0]
 
     def loss(outputs: Array, labels: Array) -> Array:
         positive = pos_weight * labels * jax.nn.log_sigmoid(outputs)
@@ -109,7 +116,6 @@ def _applying(
     first: str, after: Callable[[Parameters, Array], Array]
 ) -> Callable[[Parameters, Array], Array]:
     def apply(parameters: Parameters, x: Array) -> Array:
-        others = {name: value for name, value in parameters.items() if name != first}
-        return after(others, x @ parameters[first])
+        return after(without(parameters, first), x @ parameters[first].T)
 
     return apply

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array, lax
+from jax import Array
 
-from jinv.shadow.config import Config, Shadow, Train
-from jinv.shadow.gradients import clip_factor, noise_like, shares
+from jinv.shadow.config import Config, Privacy, Shadow, Train
+from jinv.shadow.descent import clipped, descend, noised, normal_like, shares, squared_norms
 from jinv.shadow.heads import Head, Parameters
 
 
@@ -20,41 +18,28 @@ def build(config: Config, head: Head, optimiser: optax.GradientTransformation) -
     def train(key: Array, features: Array, labels: Array) -> Shadow:
         examples, width = features.shape
         init_key, order_key, noise_key = jax.random.split(key, 3)
-        parameters = head.init(init_key, width)
+        share = shares(config, order_key, examples)
 
         def loss(parameters: Parameters, share: Array) -> Array:
             losses = head.loss(head.apply(parameters, features), labels)
             return (share * losses).sum() / share.sum()
 
-        def private(parameters: Parameters, share: Array, step: Array) -> Parameters:
-            privacy = config.privacy
-            assert privacy is not None
-
+        def private(privacy: Privacy, parameters: Parameters, t: Array) -> Parameters:
             def of_one(x: Array, y: Array) -> Parameters:
                 return jax.grad(lambda p: head.loss(head.apply(p, x[None]), y[None])[0])(parameters)
 
             gradients = jax.vmap(of_one)(features, labels)
-            squares = [
-                jnp.square(g).reshape(examples, -1).sum(1) for g in jax.tree.leaves(gradients)
-            ]
-            factor = share * clip_factor(privacy, jnp.stack(squares).sum(0))
+            factor = share[t] * clipped(privacy, squared_norms(gradients))
             total = jax.tree.map(lambda g: jnp.tensordot(factor, g, 1), gradients)
-            noise = noise_like(jax.random.fold_in(noise_key, step), total, privacy)
-            expected = privacy.probability(examples) * examples
-            return jax.tree.map(lambda g, n: (g + n) / expected, total, noise)
+            normal = normal_like(jax.random.fold_in(noise_key, t), total)
+            return noised(privacy, total, normal, examples)
 
-        def step(carry: Any, t: Array) -> tuple[Any, None]:
-            parameters, state = carry
-            share = shares(config, order_key, t, examples)
+        def gradient(parameters: Parameters, t: Array) -> Parameters:
             if config.privacy is None:
-                gradient = jax.grad(loss)(parameters, share)
-            else:
-                gradient = private(parameters, share, t)
-            updates, state = optimiser.update(gradient, state, parameters)
-            return (optax.apply_updates(parameters, updates), state), None
+                return jax.grad(loss)(parameters, share[t])
+            return private(config.privacy, parameters, t)
 
-        carry = (parameters, optimiser.init(parameters))
-        (parameters, _), _ = lax.scan(step, carry, jnp.arange(config.steps(examples)))
-        return Shadow(parameters, loss(parameters, jnp.ones(examples)))
+        found = descend(optimiser, head.init(init_key, width), gradient, config.steps(examples))
+        return Shadow(found, loss(found, jnp.ones(examples)))
 
     return train

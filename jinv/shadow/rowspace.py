@@ -1,38 +1,36 @@
 """Training inside the span of the features: the same weights for a fraction of the arithmetic.
 
-The gradient of the first layer's weights W (D, H) is X' G with the features X (N, D) and the
-gradient G (N, H) of z = X W. Under any optimiser that is linear and treats coordinates alike (SGD,
+The gradient of the first layer's weights W (H, D) is G' X with the features X (N, D) and the
+gradient G (N, H) of z = X W'. Under any optimiser that is linear and treats coordinates alike (SGD,
 momentum, weight decay), therefore
 
-    W_t = c_t W_0 + X' A_t,        z_t = c_t X W_0 + (X X') A_t
+    W_t = c_t W_0 + A_t' X,        z_t = c_t X W_0' + (X X') A_t
 
 where A (N, H) follows the optimiser with G for a gradient, and the number c with none. The loop
 sees N x N and N x H arrays only.
 
 DP-SGD adds noise in all D directions. With X = L Q, where the r <= N rows of Q are orthonormal, an
-example's gradient has the same norm in the coordinates Q W, and noise splits into its coordinates
-Q Z, again standard normal, which drive the training, and the rest, which only accumulates. All
+example's gradient has the same norm in the coordinates W Q', and noise splits into its coordinates
+Z Q', again standard normal, which drive the training, and the rest, which only accumulates. All
 that is orthogonal to the features, initial weights and noise, is one Gaussian of known scale s: of
-one normal G (D, H),
+one normal G (H, D),
 
-    W_T = s G + Q' (V_T - s Q G),        V_0 = std Q G
+    W_T = s G + (V_T - s G Q') Q,        V_0 = std G Q'
 
-with the trained coordinates V (r, H). That is equal in distribution.
+with the trained coordinates V (H, r). That is equal in distribution.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array, lax
+from jax import Array
 
-from jinv.shadow.config import Config, Shadow, Train
-from jinv.shadow.gradients import clip_factor, noise_like, shares
-from jinv.shadow.heads import Head, Parameters
+from jinv.shadow.config import Config, Privacy, Shadow, Train
+from jinv.shadow.descent import clipped, descend, noised, normal_like, shares, squared_norms
+from jinv.shadow.heads import Head, Parameters, without
 
 _ROWS, _KEPT = "rows", "kept"
 
@@ -41,7 +39,7 @@ def build(config: Config, head: Head, optimiser: optax.GradientTransformation) -
     """Training of one shadow model in the span of its features."""
     if config.privacy is None:
         return _exact(config, head, optimiser)
-    return _private(config, head, optimiser)
+    return _private(config, config.privacy, head, optimiser)
 
 
 def _exact(config: Config, head: Head, optimiser: optax.GradientTransformation) -> Train:
@@ -52,96 +50,81 @@ def _exact(config: Config, head: Head, optimiser: optax.GradientTransformation) 
     def train(key: Array, features: Array, labels: Array) -> Shadow:
         examples, width = features.shape
         init_key, order_key, _ = jax.random.split(key, 3)
-        others = head.init(init_key, width)
-        initial = others.pop(first)
-        gram, start = features @ features.T, features @ initial
+        start = head.init(init_key, width)
+        initial = start.pop(first)
+        gram, projected = features @ features.T, features @ initial.T
+        share = shares(config, order_key, examples)
 
         def z(moving: Parameters) -> Array:
-            return moving[_KEPT] * start + gram @ moving[_ROWS]
+            return moving[_KEPT] * projected + gram @ moving[_ROWS]
 
         def loss(others: Parameters, z: Array, share: Array) -> Array:
             return (share * head.loss(after(others, z), labels)).sum() / share.sum()
 
-        def split(moving: Parameters) -> Parameters:
-            return {name: v for name, v in moving.items() if name not in (_ROWS, _KEPT)}
+        def gradient(moving: Parameters, t: Array) -> Parameters:
+            others = without(moving, _ROWS, _KEPT)
+            found, rows = jax.grad(loss, (0, 1))(others, z(moving), share[t])
+            return {**found, _ROWS: rows, _KEPT: jnp.zeros_like(moving[_KEPT])}
 
-        def step(carry: Any, t: Array) -> tuple[Any, None]:
-            moving, state = carry
-            share = shares(config, order_key, t, examples)
-            gradient, rows = jax.grad(loss, (0, 1))(split(moving), z(moving), share)
-            gradient |= {_ROWS: rows, _KEPT: jnp.zeros_like(moving[_KEPT])}
-            updates, state = optimiser.update(gradient, state, moving)
-            return (optax.apply_updates(moving, updates), state), None
-
-        moving = others | {_ROWS: jnp.zeros_like(start), _KEPT: jnp.ones((), start.dtype)}
-        carry = (moving, optimiser.init(moving))
-        (moving, _), _ = lax.scan(step, carry, jnp.arange(config.steps(examples)))
-        weight = moving[_KEPT] * initial + features.T @ moving[_ROWS]
-        return Shadow(
-            {first: weight, **split(moving)},
-            loss(split(moving), z(moving), jnp.ones(examples)),
-        )
+        start |= {_ROWS: jnp.zeros_like(projected), _KEPT: jnp.ones((), projected.dtype)}
+        moved = descend(optimiser, start, gradient, config.steps(examples))
+        others = without(moved, _ROWS, _KEPT)
+        weight = moved[_KEPT] * initial + moved[_ROWS].T @ features
+        return Shadow({first: weight, **others}, loss(others, z(moved), jnp.ones(examples)))
 
     return train
 
 
-def _private(config: Config, head: Head, optimiser: optax.GradientTransformation) -> Train:
-    first, after, std, privacy = head.first, head.after, head.first_std, config.privacy
+def _private(
+    config: Config, privacy: Privacy, head: Head, optimiser: optax.GradientTransformation
+) -> Train:
+    first, after, std = head.first, head.after, head.first_std
     assert first is not None
     assert after is not None
     assert std is not None
-    assert privacy is not None
 
     def train(key: Array, features: Array, labels: Array) -> Shadow:
         examples, width = features.shape
         init_key, order_key, noise_key = jax.random.split(key, 3)
-        expected = privacy.probability(examples) * examples
         steps = config.steps(examples)
-        noise = privacy.noise_multiplier * privacy.l2_norm_clip / expected
-        scale = orthogonal_scale(optimiser, steps, std, noise)
+        noise = privacy.noise_multiplier * privacy.l2_norm_clip
+        scale = orthogonal_scale(
+            optimiser, steps, std, noise / (privacy.probability(examples) * examples)
+        )
 
-        others = head.init(init_key, width)
-        shape = others.pop(first).shape
+        start = head.init(init_key, width)
+        shape = start[first].shape
         normal = jax.random.normal(jax.random.fold_in(init_key, 1), shape, features.dtype)
         coordinates, basis = factorise(features)
-        drawn = basis @ normal  # Q G
+        drawn = normal @ basis.T  # G Q'
         squares = jnp.square(coordinates).sum(1)
+        start[first] = std * drawn
+        share = shares(config, order_key, examples)
+        noises = normal_like(
+            noise_key, {n: jnp.broadcast_to(v, (steps, *v.shape)) for n, v in start.items()}
+        )
 
-        def gradient(moving: Parameters, share: Array, t: Array) -> Parameters:
-            z = coordinates @ moving[first]
-            rest = {name: v for name, v in moving.items() if name != first}
+        def gradient(moving: Parameters, t: Array) -> Parameters:
+            others = without(moving, first)
 
             def of_one(z: Array, y: Array) -> tuple[Parameters, Array]:
-                def loss(rest: Parameters, z: Array) -> Array:
-                    return head.loss(after(rest, z[None]), y[None])[0]
+                def loss(others: Parameters, z: Array) -> Array:
+                    return head.loss(after(others, z[None]), y[None])[0]
 
-                return jax.grad(loss, (0, 1))(rest, z)
+                return jax.grad(loss, (0, 1))(others, z)
 
-            found, rows = jax.vmap(of_one)(z, labels)
-            norms = squares * jnp.square(rows).sum(1)
-            for g in found.values():
-                norms += jnp.square(g).reshape(examples, -1).sum(1)
-            factor = share * clip_factor(privacy, norms)
+            found, rows = jax.vmap(of_one)(coordinates @ moving[first].T, labels)
+            norms = squared_norms(found) + squares * jnp.square(rows).sum(1)
+            factor = share[t] * clipped(privacy, norms)
             total = {name: jnp.tensordot(factor, g, 1) for name, g in found.items()}
-            total[first] = coordinates.T @ (factor[:, None] * rows)
-            added = noise_like(jax.random.fold_in(noise_key, t), total, privacy)
-            return jax.tree.map(lambda g, n: (g + n) / expected, total, added)
+            total[first] = (factor[:, None] * rows).T @ coordinates
+            return noised(privacy, total, {n: v[t] for n, v in noises.items()}, examples)
 
-        def step(carry: Any, t: Array) -> tuple[Any, None]:
-            moving, state = carry
-            share = shares(config, order_key, t, examples)
-            updates, state = optimiser.update(gradient(moving, share, t), state, moving)
-            return (optax.apply_updates(moving, updates), state), None
-
-        moving = others | {first: std * drawn}
-        carry = (moving, optimiser.init(moving))
-        (moving, _), _ = lax.scan(step, carry, jnp.arange(steps))
-        losses = head.loss(
-            after({k: v for k, v in moving.items() if k != first}, coordinates @ moving[first]),
-            labels,
-        )
-        weight = scale * normal + basis.T @ (moving[first] - scale * drawn)
-        return Shadow({**moving, first: weight}, losses.mean())
+        moved = descend(optimiser, start, gradient, steps)
+        others = without(moved, first)
+        losses = head.loss(after(others, coordinates @ moved[first].T), labels)
+        weight = scale * normal + (moved[first] - scale * drawn) @ basis
+        return Shadow({first: weight, **others}, losses.mean())
 
     return train
 
@@ -176,12 +159,7 @@ def orthogonal_scale(
     """
 
     def run(start: Array, gradients: Array) -> Array:
-        def step(carry: Any, gradient: Array) -> tuple[Any, None]:
-            value, state = carry
-            updates, state = optimiser.update(gradient, state, value)
-            return (optax.apply_updates(value, updates), state), None
-
-        return lax.scan(step, (start, optimiser.init(start)), gradients)[0][0]
+        return descend(optimiser, {"": start}, lambda _, t: {"": gradients[t]}, steps)[""]
 
     with jax.ensure_compile_time_eval(), jax.enable_x64(True):
         kept = run(jnp.ones(()), jnp.zeros(steps))

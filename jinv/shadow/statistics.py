@@ -29,7 +29,7 @@ class Statistics:
     @property
     def std(self) -> np.ndarray:
         """(P,) standard deviations."""
-        return np.sqrt(np.diagonal(self.covariance))
+        return np.sqrt(np.diagonal(self.comoment) / (self.count - 1))
 
     @property
     def varying(self) -> np.ndarray:
@@ -40,8 +40,9 @@ class Statistics:
     def correlation(self) -> np.ndarray:
         """Covariance of the coordinates that vary, each divided by its standard deviation."""
         kept = self.varying
-        scale = self.std[kept]
-        return self.covariance[np.ix_(kept, kept)] / np.outer(scale, scale)
+        comoment = self.comoment[np.ix_(kept, kept)]
+        scale = np.sqrt(np.diagonal(comoment))
+        return comoment / np.outer(scale, scale)
 
 
 def of(weights: np.ndarray) -> Statistics:
