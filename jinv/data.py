@@ -1,7 +1,8 @@
 """Labelled images from disk, and names of classes.
 
-Readable are IDX files (MNIST, FashionMNIST, EMNIST) and folders of pictures. All of it may come
-from strangers: sizes are checked before memory is taken, and what is damaged is named.
+Readable are IDX files (MNIST, FashionMNIST, EMNIST), folders of pictures, NumPy's .npz files and
+what TensorFlow Datasets has prepared. All of it may come from strangers: sizes are checked before
+memory is taken, and what is damaged is named.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import math
 import os
 import re
 import string
+import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -24,7 +26,7 @@ from PIL import Image, ImageOps
 from jinv import image
 from jinv.image import Preprocessing
 
-Split = Literal["train", "test"]
+Split = Literal["train", "validation", "test"]
 
 CIFAR10 = (
     *("airplane", "automobile", "bird", "cat", "deer"),
@@ -46,10 +48,12 @@ EMNIST = {
 """Classes of EMNIST's files, arXiv 1702.05373: "merged" letters look alike in both cases."""
 
 _LARGEST = 2**32
-"""Bytes of the largest IDX file that is read; EMNIST's are half a gigabyte."""
+"""Bytes of the largest array that is read; EMNIST's are half a gigabyte."""
 _DEFLATE = 1040
 """Deflate makes files at most 1032 times as small; so many bytes a byte, with gzip's header."""
 _PIECE = 2**20
+_MOST_CLASSES = 2**17
+"""That get numbers for names: a damaged label must not ask for a billion of them."""
 _FORMATS = {
     ".jpg": "JPEG",
     ".jpeg": "JPEG",
@@ -69,8 +73,8 @@ class Dataset:
 
     Attributes:
       images: (N, H, W, C) bytes.
-      labels: (N,) indices of classes, int32.
-      classes: their names.
+      labels: (N,) indices of classes, int32; or (N, K) of 0 and 1: which attributes an image has.
+      classes: their names, or those of the K attributes.
     """
 
     images: np.ndarray
@@ -81,15 +85,27 @@ class Dataset:
         if self.images.dtype != np.uint8 or self.images.ndim != 4 or not self.images.size:
             found = f"{self.images.dtype} {self.images.shape}"
             raise ValueError(f"images must be bytes (N, H, W, C), not {found}")
-        if self.labels.shape != self.images.shape[:1]:
+        if self.labels.shape[:1] != self.images.shape[:1] or self.labels.ndim > 2:
             raise ValueError(f"{len(self.images)} images, but labels {self.labels.shape}")
-        if self.labels.min() < 0 or self.labels.max() >= len(self.classes):
+        if self.labels.ndim == 2:
+            if not 0 < self.labels.shape[1] == len(self.classes):
+                raise ValueError(
+                    f"{self.labels.shape[1]} labels an image for {len(self.classes)} attributes"
+                )
+            if not np.isin(self.labels, (0, 1)).all():
+                raise ValueError("labels of attributes must be 0 or 1")
+        elif self.labels.min() < 0 or self.labels.max() >= len(self.classes):
             raise ValueError(
                 f"labels {self.labels.min()} to {self.labels.max()} for {len(self.classes)} classes"
             )
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def has_attributes(self) -> bool:
+        """Labels say which attributes an image has, not which class."""
+        return self.labels.ndim == 2
 
     def take(self, chosen: np.ndarray | slice) -> Dataset:
         """The chosen images with their labels."""
@@ -121,6 +137,8 @@ def idx(
     Raises:
       ValueError: a file is missing, damaged or not what it says, or images and labels differ.
     """
+    if split == "validation":
+        raise ValueError(f"IDX files know the splits train and test, not {split}")
     name, files = _idx_files(Path(folder), split, name)
     images, labels = _read_idx(files["images"], 3), _read_idx(files["labels"], 1).astype(np.int32)
     if len(images) != len(labels):
@@ -187,17 +205,22 @@ def _read_idx(path: Path, rank: int) -> np.ndarray:
                     f"no file of its size holds the {count} values {shape} it promises"
                 )
             values = np.empty(count, np.uint8)
-            for start in range(0, count, _PIECE):
-                piece = values[start : start + _PIECE]
-                found = file.read(len(piece))
-                if len(found) < len(piece):
-                    raise ValueError(f"it ends before the {count} values {shape} of its header")
-                piece[:] = np.frombuffer(found, np.uint8)
-            if file.read(1):
-                raise ValueError(f"it goes on after the {count} values {shape} of its header")
+            _fill(values, file, f"the {count} values {shape} of its header")
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise ValueError(f"{path} is no sound IDX file: {error}") from None
     return values.reshape(shape)
+
+
+def _fill(values: np.ndarray, file: Any, what: str) -> None:
+    """Fill the array of bytes with the rest of a file; ValueError if it has more or fewer."""
+    for start in range(0, len(values), _PIECE):
+        piece = values[start : start + _PIECE]
+        found = file.read(len(piece))
+        if len(found) < len(piece):
+            raise ValueError(f"it ends before {what}")
+        piece[:] = np.frombuffer(found, np.uint8)
+    if file.read(1):
+        raise ValueError(f"it goes on after {what}")
 
 
 ENVIRONMENT = "JINV_DATA"
@@ -299,33 +322,230 @@ def image_folder(root: str | Path, size: int) -> Dataset:
     return Dataset(image_files(paths, size), np.asarray(labels, np.int32), names)
 
 
+def arrays(file: str | Path) -> Dataset:
+    """The data set in a NumPy file, as `np.savez` or `np.savez_compressed` write them.
+
+    It holds `images`, bytes (N, H, W, C), or (N, H, W) if gray; `labels`, integers (N,), or 0 and 1
+    (N, K) for attributes; and perhaps `classes`, their names, which else are numbers.
+
+    Raises:
+      ValueError: the file is missing, damaged or does not hold these. Objects are never unpickled.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            labels = _npy(archive, "labels", "iub", (1, 2))
+            if "classes.npy" in archive.namelist():
+                names = tuple(map(str, _npy(archive, "classes", "U", (1,))))
+            else:
+                names = _numbers(labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1)
+            if not all(name.isprintable() for name in names):
+                raise ValueError("names of classes must be printable")
+            narrow = labels.astype(np.int32)
+            if not np.array_equal(narrow, labels):
+                raise ValueError(f"labels {labels.min()} to {labels.max()} number no classes")
+            images = _npy(archive, "images", "u", (3, 4))
+        return Dataset(images[..., None] if images.ndim == 3 else images, narrow, names)
+    except Exception as error:  # what damaged files make of zipfile's reader has no common kind
+        raise ValueError(f"{file} holds no data set: {error}") from None
+
+
+def _npy(archive: zipfile.ZipFile, name: str, kinds: str, ranks: Sequence[int]) -> np.ndarray:
+    """An array of one of these kinds (`np.dtype.kind`) and ranks, in C order."""
+    if f"{name}.npy" not in archive.namelist():
+        raise ValueError(f"it holds no array called {name}")
+    member = archive.getinfo(f"{name}.npy")
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{name} is compressed as NumPy does not")
+    with archive.open(member) as file:
+        # The header of a later version may be of any length.
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError(f"{name} is of no version that NumPy writes for plain arrays")
+        shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
+        if dtype.kind not in kinds or not dtype.itemsize or len(shape) not in ranks:
+            raise ValueError(f"{name} cannot be {dtype} {shape}")
+        count = math.prod(shape) * dtype.itemsize
+        held = Path(str(archive.filename)).stat().st_size
+        held *= _DEFLATE if member.compress_type == zipfile.ZIP_DEFLATED else 1
+        if min(shape) < 0 or not 0 < count <= min(held, _LARGEST):
+            raise ValueError(f"no file of its size holds the {name} {dtype} {shape} it promises")
+        values = np.empty(count, np.uint8)
+        _fill(values, file, f"the {name} {dtype} {shape} of its header")
+    found = values.view(dtype).reshape(shape, order="F" if by_columns else "C")
+    return np.ascontiguousarray(found)
+
+
+def _numbers(count: int) -> tuple[str, ...]:
+    if count > _MOST_CLASSES:
+        raise ValueError(f"labels up to {count - 1} need names of classes")
+    return tuple(map(str, range(count)))
+
+
+def tfds(
+    name: str,
+    split: str,
+    size: int,
+    *,
+    folder: str | Path | None = None,
+    image_key: str = "image",
+    label_key: str = "label",
+) -> Dataset:
+    """A data set that TensorFlow Datasets has prepared on this machine; nothing is downloaded.
+
+    Images are (N, size, size, 3), or 1 channel if all are gray. A data set of equal squares has
+    them resized whole, bicubic; others are cropped as `image.centre_crop` does.
+
+    Args:
+      name: of the builder: "cifar10", "celeb_a", "emnist/letters".
+      split: in tfds' words: "train", "test", "train[:90%]".
+      size: side of the images.
+      folder: tfds' data_dir; its own default without.
+      image_key: the feature with the images.
+      label_key: the feature with the labels. Truth values by name ("attributes") give labels
+        (N, K); numbers and texts ("identity") are numbered in order, and name the classes that
+        this split has.
+
+    Raises:
+      ImportError: tensorflow-datasets is missing.
+      ValueError: tfds does not know the data set, it is not prepared (says how), or it has no such
+        split, images or labels.
+    """
+    source = _tfds_source(name, split, folder)
+    features = source.dataset_info.features
+    missing = [key for key in (image_key, label_key) if key not in features]
+    if missing:
+        raise ValueError(f"{name} has no feature {missing[0]!r}; there are: {', '.join(features)}")
+    shape = features[image_key].shape
+    if not isinstance(shape, tuple) or len(shape) != 3 or features[image_key].np_dtype != np.uint8:
+        raise ValueError(f"the feature {image_key!r} of {name} is no image of bytes")
+    whole = shape[0] is not None and shape[0] == shape[1]
+    space = Preprocessing(size, (0.5,), (0.5,)) if shape[2] == 1 else Preprocessing(size)
+    images = np.empty((len(source), size, size, space.channels), np.uint8)
+    values: list[Any] = []
+    try:
+        names, value_of = _tfds_labels(features[label_key])
+        for i in range(len(source)):
+            example = source[i]
+            images[i] = _square(example[image_key], space, whole)
+            values.append(value_of(example[label_key]))
+        labels = np.asarray(values)
+        if names is None:
+            occurring, labels = np.unique(labels, return_inverse=True)
+            names = tuple(map(str, occurring))
+        return Dataset(images, labels.astype(np.int32), names)
+    except Exception as error:  # the readers' failures have no common kind
+        raise ValueError(f"cannot read the data set {name}, split {split}: {error}") from error
+
+
+def _tfds_source(name: str, split: str, folder: str | Path | None) -> Any:
+    """The split's examples, by index."""
+    try:
+        import tensorflow_datasets
+    except ImportError as error:
+        raise ImportError(
+            "data of the format 'tfds' needs tensorflow-datasets: pip install 'jinv[tfds]'"
+        ) from error
+    place = None if folder is None else str(folder)
+    try:
+        return tensorflow_datasets.data_source(name, split=split, data_dir=place, download=False)
+    except (NotImplementedError, AssertionError):  # of another format, or absent
+        where = "" if place is None else f", data_dir={place!r}"
+        raise ValueError(
+            f"{name} is not prepared in {place or 'the folder of tfds'}, or not as array_record; "
+            f"prepare it once: tensorflow_datasets.builder({name!r}{where}, "
+            "file_format='array_record').download_and_prepare() (for some data sets this needs "
+            "TensorFlow; reading never does)"
+        ) from None
+    except Exception as error:
+        # The first line: others list every data set that there is.
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"cannot read the data set {name}, split {split}: {reason}") from error
+
+
+def _tfds_labels(feature: Any) -> tuple[tuple[str, ...] | None, Callable[[Any], Any]]:
+    """Names of classes, None for values that name themselves; and an example's labels -> value."""
+    if isinstance(feature.shape, dict):
+        keys = tuple(sorted(feature))
+        if all(feature[key].shape == () and feature[key].np_dtype == np.bool_ for key in keys):
+            return keys, lambda found: [found[key] for key in keys]
+        if len(keys) > 1:
+            raise ValueError(f"labels {', '.join(keys)} are not all true or false")
+        names, value_of = _tfds_labels(feature[keys[0]])  # celeb_a's identity
+        return names, lambda found: value_of(found[keys[0]])
+    if feature.shape != ():
+        raise ValueError(f"labels of shape {feature.shape}: one value an image is wanted")
+    if getattr(feature, "num_classes", None):
+        return tuple(feature.names or map(str, range(feature.num_classes))), int
+    return None, lambda found: found.decode() if isinstance(found, bytes) else found
+
+
+def _square(pixels: np.ndarray, space: Preprocessing, whole: bool) -> np.ndarray:
+    """Bytes (H, W, C) as bytes of the size and channels of this space."""
+    if pixels.shape == (space.size, space.size, space.channels):
+        return pixels
+    picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+    if not whole:
+        return image.to_bytes(image.centre_crop(picture, space))
+    picture = picture.convert("L" if space.channels == 1 else "RGB")
+    picture = picture.resize((space.size, space.size), Image.Resampling.BICUBIC)
+    return np.asarray(picture).reshape(space.size, space.size, space.channels)
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """Which data, as configs say it.
 
     Attributes:
       format: "fashion_mnist"; "idx", any folder of IDX files; "images", a folder with `train` and
-        `test`, each with one subfolder of pictures a class.
-      folder: where; FashionMNIST is found without.
-      name: of the data set in a folder of several, see `idx`.
+        `test`, each with one subfolder of pictures a class; "arrays", a folder with `train.npz`
+        and `test.npz`, see `arrays`; "tfds", prepared by TensorFlow Datasets, see `tfds`.
+      folder: where; FashionMNIST is found without, and tfds has a usual one.
+      name: of the data set in a folder of several, see `idx`; of tfds' builder.
       transposed: see `idx`; True for EMNIST.
+      image: tfds' feature with the images.
+      label: tfds' feature with the labels.
+      splits: what "images", "arrays" and "tfds" call their splits, where it is not `train`,
+        `validation` and `test`: {test: val}, {train: "train[:90%]", test: "train[90%:]"}.
     """
 
-    format: Literal["fashion_mnist", "idx", "images"] = "fashion_mnist"
+    format: Literal["fashion_mnist", "idx", "images", "arrays", "tfds"] = "fashion_mnist"
     folder: str | None = None
     name: str | None = None
     transposed: bool = False
+    image: str = "image"
+    label: str = "label"
+    splits: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.folder is None and self.format != "fashion_mnist":
+        if self.folder is None and self.format not in ("fashion_mnist", "tfds"):
             raise ValueError(f"data of the format {self.format!r} needs its folder")
-        if self.format != "idx" and (self.name or self.transposed):
-            raise ValueError("name and transposed belong to the format 'idx'")
+        if self.transposed and self.format != "idx":
+            raise ValueError("transposed belongs to the format 'idx'")
+        if self.name and self.format not in ("idx", "tfds"):
+            raise ValueError("name belongs to the formats 'idx' and 'tfds'")
+        if self.format == "tfds" and not self.name:
+            raise ValueError("data of the format 'tfds' needs its name")
+        if self.format != "tfds" and (self.image, self.label) != ("image", "label"):
+            raise ValueError("image and label belong to the format 'tfds'")
+        if self.splits and self.format in ("fashion_mnist", "idx"):
+            raise ValueError("splits belongs to the formats 'images', 'arrays' and 'tfds'")
+        if not set(self.splits) <= set(get_args(Split)):
+            raise ValueError(f"splits names some of {', '.join(get_args(Split))}")
+
+    @property
+    def takes_size(self) -> bool:
+        """Images come in any size that is asked for; those of other formats have their own."""
+        return self.format in ("images", "tfds")
 
     def load(self, split: Split, size: int) -> Dataset:
-        """The images of a split; `size` is that of pictures, IDX files have their own."""
+        """The images of a split, of this size where the format `takes_size`."""
+        called = self.splits.get(split, split)
+        if self.format == "tfds":
+            keys = {"image_key": self.image, "label_key": self.label}
+            return tfds(self.name or "", called, size, folder=self.folder, **keys)
         if self.format == "images":
-            return image_folder(Path(self.folder or "") / split, size)
+            return image_folder(Path(self.folder or "") / called, size)
+        if self.format == "arrays":
+            return arrays(Path(self.folder or "") / f"{called}.npz")
         if self.format == "idx":
             return idx(self.folder or "", split, name=self.name, transposed=self.transposed)
         return fashion_mnist(split, self.folder)

@@ -278,6 +278,8 @@ class Leakage:
 
     def _drawn(self, client: Client, size: int) -> tuple[np.ndarray, tuple[int, ...]]:
         everything = client.data.load(client.split, size)
+        if everything.has_attributes:
+            raise ValueError("labels are attributes: a client's images have classes")
         wanted = client.images + client.distractors
         if client.images > len(everything):
             raise ValueError(f"{client.images} images wanted; the data has {len(everything)}")

@@ -32,8 +32,8 @@ class Recipe:
     Attributes:
       model: a network of the zoo, with random weights; gray images reach it as equal channels.
       data: what it learns and is tested on.
-      size: side of the images of a folder of pictures; None for the network's usual one. IDX
-        files have their own.
+      size: side of the images of a folder of pictures or of tfds; None for the network's usual
+        one. Others have their own.
       train_images: take so many of the training images, chosen at random; all by default.
       seed: of everything random.
       training: the mathematics.
@@ -47,9 +47,9 @@ class Recipe:
     training: training.Config = dataclasses.field(default_factory=training.Config)
 
     def __post_init__(self) -> None:
-        if self.size is not None and self.data.format != "images":
+        if self.size is not None and not self.data.takes_size:
             raise ValueError(
-                "size belongs to data of the format 'images': IDX files have their own"
+                "size belongs to data of the formats 'images' and 'tfds': others have their own"
             )
 
 
@@ -67,6 +67,8 @@ class Pretraining:
         usual = models.entry(recipe.model).preprocessing
         size = recipe.size or usual.size
         self.train, test = (recipe.data.load(split, size) for split in ("train", "test"))
+        if self.train.has_attributes:
+            raise ValueError("labels are attributes: a network is trained on classes")
         self.key, chosen_key = jax.random.split(jax.random.key(recipe.seed))
         if recipe.train_images is not None:
             if not 1 <= recipe.train_images <= len(self.train):

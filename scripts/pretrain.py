@@ -14,7 +14,7 @@ line), curves.svg, metrics.csv (loss and accuracy of every batch), scores.csv (t
 every epoch) and, last of all, summary.json:
 
     model             name of the network in the zoo
-    data              format, folder, name, transposed: as in the config
+    data              as in the config
     classes           names
     preprocessing     size, mean, std, pixel_range: what makes an image normalised; the mean and
                       deviation of the training images

@@ -1,13 +1,19 @@
-"""IDX files and folders of pictures: what is read, and what is refused."""
+"""IDX and NumPy files, folders of pictures, tfds: what is read, and what is refused."""
 
 from __future__ import annotations
 
 import gzip
+import io
 import math
 import os
 import struct
+import sys
+import time
 import tracemalloc
+import zipfile
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -173,6 +179,31 @@ def test_images_and_labels_must_go_together(tmp_path: Path) -> None:
         Dataset(PICTURES[..., None] / 255, LABELS, ("a", "b", "c"))
 
 
+def test_labels_may_be_attributes() -> None:
+    flags = np.array([[0, 1], [1, 1], [0, 0], [1, 0], [0, 1]], np.int32)
+    found = Dataset(PICTURES[..., None], flags, ("glasses", "hat"))
+    assert found.has_attributes
+    np.testing.assert_array_equal(found.take(np.array([3, 0])).labels, flags[[3, 0]])
+    assert not Dataset(PICTURES[..., None], LABELS, ("a", "b", "c")).has_attributes
+    for labels, complaint in (
+        (2 * flags, "0 or 1"),
+        (flags - 1, "0 or 1"),
+        (flags[:, :1], "1 labels an image for 2 attributes"),
+        (flags[:4], r"5 images, but labels \(4, 2\)"),
+        (flags[..., None], r"\(5, 2, 1\)"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            Dataset(PICTURES[..., None], labels, ("glasses", "hat"))
+    with pytest.raises(ValueError, match="0 labels"):
+        Dataset(PICTURES[..., None], flags[:, :0], ())
+
+
+def test_idx_files_have_two_splits(tmp_path: Path) -> None:
+    write(tmp_path, split="t10k")
+    with pytest.raises(ValueError, match="train and test, not validation"):
+        data.Source("idx", str(tmp_path)).load("validation", 28)
+
+
 def test_fashion_mnist_is_looked_for_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,6 +237,303 @@ def test_the_real_fashion_mnist() -> None:
     assert (np.bincount(train.labels) == 6000).all()
     assert (np.bincount(test.labels) == 1000).all()
     assert train.images.mean() / 255 == pytest.approx(0.2860, abs=5e-5)
+
+
+# --- NumPy's files -------------------------------------------------------------------------------
+
+COLOUR = RNG.integers(0, 256, (5, 4, 3, 3), np.uint8)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("images", [COLOUR, np.asfortranarray(COLOUR), PICTURES])
+def test_arrays_are_what_was_written(tmp_path: Path, save: Any, images: np.ndarray) -> None:
+    path = tmp_path / "train.npz"
+    save(path, images=images, labels=LABELS.astype(">i8"), classes=["cat", "dog", "größer"])
+    found = data.arrays(path)
+    np.testing.assert_array_equal(found.images, images.reshape(5, 4, 3, -1))
+    np.testing.assert_array_equal(found.labels, LABELS)
+    assert found.labels.dtype == np.int32
+    assert found.images.flags.c_contiguous
+    assert found.classes == ("cat", "dog", "größer")
+
+
+def test_arrays_of_attributes_and_without_names(tmp_path: Path) -> None:
+    path = tmp_path / "train.npz"
+    flags = RNG.integers(0, 2, (5, 3)) > 0
+    np.savez(path, images=COLOUR, labels=flags)
+    found = data.arrays(path)
+    np.testing.assert_array_equal(found.labels, flags)
+    assert (found.labels.dtype, found.classes) == (np.int32, ("0", "1", "2"))
+    np.savez(path, images=COLOUR, labels=LABELS)
+    assert data.arrays(path).classes == ("0", "1", "2")
+
+
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def npy_header(descr: str, shape: Any, version: tuple[int, int] = (1, 0)) -> bytes:
+    text = repr({"descr": descr, "fortran_order": False, "shape": shape}).encode() + b"\n"
+    length = struct.pack("<H" if version == (1, 0) else "<I", len(text))
+    return b"\x93NUMPY" + bytes(version) + length + text
+
+
+HOSTILE_ARRAYS: dict[str, tuple[dict[str, bytes], str]] = {
+    "no images": ({"images": b""}, "no array called images"),
+    "objects": ({"labels": npy(np.array([{}] * 5))}, "labels cannot be object"),
+    "floats": ({"images": npy(COLOUR / 255)}, "images cannot be float64"),
+    "wide": ({"images": npy(COLOUR.astype(np.uint16))}, "must be bytes"),
+    "rank": ({"images": npy(COLOUR[0, 0])}, r"images cannot be uint8 \(3, 3\)"),
+    "cut": ({"images": npy(COLOUR)[:-1]}, "ends before the images"),
+    "long": ({"images": npy(COLOUR) + b"0"}, "goes on after the images"),
+    "the moon": ({"images": npy_header("|u1", (2**20,) * 4)}, "promises"),
+    "negative": ({"images": npy_header("|u1", (-5, -4, 3, 3))}, "promises"),
+    "overflow": ({"images": npy_header("|u1", (0, 2**62, 2**62))}, "promises"),
+    "long header": ({"images": npy_header("|u1", (5, 4, 3), version=(2, 0))}, "no version"),
+    "no header": ({"images": b"rubbish"}, "magic|EOF"),
+    "code": ({"images": npy_header("|u1", "__import__('os')")}, "images|shape"),
+    "names of no length": ({"classes": npy_header("<U0", (2**40,))}, "classes cannot be"),
+    "names of bytes": ({"classes": npy(np.array([b"a", b"b", b"c"]))}, "classes cannot be"),
+    "names with lines": ({"classes": npy(np.array(["a", "b\nc", "d"]))}, "printable"),
+    "too few names": ({"classes": npy(np.array(["a", "b"]))}, "0 to 2 for 2 classes"),
+    "label of billions": ({"labels": npy(np.full(5, 2**31 - 1))}, "2147483647 need names"),
+    "negative labels": ({"labels": npy(np.full(5, -1))}, "labels -1 to -1"),
+    "wrapping labels": (
+        {"labels": npy(np.full(5, 2**32)), "classes": npy(np.array(["a"]))},
+        "number no classes",
+    ),
+    "fewer labels": ({"labels": npy(LABELS[:4])}, "5 images"),
+}
+
+
+@pytest.mark.parametrize("deflated", [False, True])
+@pytest.mark.parametrize("kind", HOSTILE_ARRAYS)
+def test_hostile_arrays_are_named_and_refused(tmp_path: Path, kind: str, deflated: bool) -> None:
+    change, complaint = HOSTILE_ARRAYS[kind]
+    members = {"images": npy(COLOUR), "labels": npy(LABELS)} | change
+    path = tmp_path / "train.npz"
+    method = zipfile.ZIP_DEFLATED if deflated else zipfile.ZIP_STORED
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, content in members.items():
+            if content:
+                archive.writestr(f"{name}.npy", content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=rf"train\.npz holds no data set: .*({complaint})"):
+            data.arrays(path)
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "rubbish", "gone"])
+def test_damaged_archives_are_named_and_refused(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "test.npz"
+    np.savez(path, images=COLOUR, labels=LABELS)
+    whole = path.read_bytes()
+    place = whole.index(COLOUR.tobytes())
+    changed = whole[:place] + bytes((whole[place] ^ 1,)) + whole[place + 1 :]
+    path.write_bytes({"cut": whole[:-30], "flipped": changed}.get(damage, b"rubbish"))
+    if damage == "gone":
+        path.unlink()
+    with pytest.raises(ValueError, match=r"test\.npz holds no data set"):
+        data.arrays(path)
+
+
+def test_archives_do_not_unpack_without_end(tmp_path: Path) -> None:
+    """100 MB of zeros behind a header that promises 180 bytes; a method NumPy does not use."""
+    path = tmp_path / "train.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("labels.npy", npy(LABELS))
+        archive.writestr("images.npy", npy(COLOUR) + bytes(100_000_000))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="goes on after"):
+            data.arrays(path)
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("labels.npy", npy(LABELS))
+    with pytest.raises(ValueError, match="labels is compressed as NumPy does not"):
+        data.arrays(path)
+
+
+# --- TensorFlow Datasets -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def tfds() -> ModuleType:
+    return pytest.importorskip("tensorflow_datasets")
+
+
+def png(pixels: np.ndarray) -> io.BytesIO:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    file.seek(0)
+    return file
+
+
+FACES = [RNG.integers(0, 256, (40 + i, 30, 3), np.uint8) for i in range(5)]
+
+
+@pytest.fixture(scope="session")
+def prepared(tfds: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two data sets as array_record: gray squares of 8 px, colour of several sizes."""
+
+    class JinvDigits(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self) -> Any:
+            label = tfds.features.ClassLabel(names=["zero", "one"])
+            pictures = tfds.features.Image(shape=(8, 8, 1))
+            features = tfds.features.FeaturesDict({"image": pictures, "label": label})
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, dl_manager: Any) -> Any:
+            return {"train": self._generate_examples(6), "test": self._generate_examples(4)}
+
+        def _generate_examples(self, count: int) -> Any:
+            for i in range(count):
+                pixels = np.full((8, 8), 10 * i, np.uint8)
+                yield i, {"image": png(pixels), "label": i % 2}
+
+    class JinvFaces(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self) -> Any:
+            features = tfds.features.FeaturesDict(
+                {
+                    "picture": tfds.features.Image(shape=(None, None, 3)),
+                    "attributes": {"Smiling": np.bool_, "Bald": np.bool_},
+                    "identity": {"Identity_No": np.int64},
+                    "person": tfds.features.Text(),
+                    "box": tfds.features.Tensor(shape=(4,), dtype=np.int64),
+                }
+            )
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, dl_manager: Any) -> Any:
+            return {"train": self._generate_examples(), "validation": self._generate_examples()}
+
+        def _generate_examples(self) -> Any:
+            for i, pixels in enumerate(FACES):
+                yield (
+                    i,
+                    {
+                        "picture": png(pixels),
+                        "attributes": {"Smiling": i > 2, "Bald": i == 0},
+                        "identity": {"Identity_No": (7, 30, 7, 200, 30)[i]},
+                        "person": ("Zoë", "Ada", "Zoë", "Bo", "Ada")[i],
+                        "box": np.arange(4),
+                    },
+                )
+
+    folder = tmp_path_factory.mktemp("tfds")
+    for builder in (JinvDigits, JinvFaces):
+        made = builder(data_dir=str(folder), file_format="array_record")
+        made.download_and_prepare(
+            download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+        )
+    return folder
+
+
+def ordered(found: Dataset) -> Dataset:
+    """By brightness: tfds shuffles what it prepares."""
+    return found.take(np.argsort(found.images.mean((1, 2, 3)), kind="stable"))
+
+
+def test_tfds_reads_what_was_prepared(prepared: Path) -> None:
+    source = data.Source("tfds", str(prepared), "jinv_digits")
+    found = ordered(source.load("train", 8))
+    expected = np.broadcast_to(10 * np.arange(6)[:, None, None, None], (6, 8, 8, 1))
+    np.testing.assert_array_equal(found.images, expected)
+    np.testing.assert_array_equal(found.labels, [0, 1, 0, 1, 0, 1])
+    assert found.classes == ("zero", "one")
+    assert (found.images.dtype, found.labels.dtype) == (np.uint8, np.int32)
+    assert len(source.load("test", 8)) == 4
+    assert source.load("test", 12).images.shape == (4, 12, 12, 1)
+    some = data.Source(
+        "tfds", str(prepared), "jinv_digits", splits={"test": "train[:2]", "train": "train[2:]"}
+    )
+    assert (len(some.load("train", 8)), len(some.load("test", 8))) == (4, 2)
+
+
+def test_tfds_squares_are_resized_whole_and_others_cropped(prepared: Path) -> None:
+    source = data.Source("tfds", str(prepared), "jinv_faces", image="picture", label="person")
+    found = ordered(source.load("validation", 16))
+    crops = [image.centre_crop(Image.fromarray(p), image.Preprocessing(16)) for p in FACES]
+    expected = np.stack([image.to_bytes(crop) for crop in crops])
+    order = np.argsort(expected.mean((1, 2, 3)), kind="stable")
+    np.testing.assert_array_equal(found.images, expected[order])
+
+    pixels = RNG.integers(0, 256, (10, 10, 3), np.uint8)
+    resized = Image.fromarray(pixels).resize((24, 24), Image.Resampling.BICUBIC)
+    whole = data._square(pixels, image.Preprocessing(24), whole=True)
+    np.testing.assert_array_equal(whole, np.asarray(resized))
+
+
+def test_tfds_labels_of_every_kind(prepared: Path) -> None:
+    def load(label: str) -> Dataset:
+        source = data.Source("tfds", str(prepared), "jinv_faces", image="picture", label=label)
+        return source.load("train", 16)
+
+    attributes, numbers, texts = (load(key) for key in ("attributes", "identity", "person"))
+    assert (attributes.classes, attributes.labels.dtype) == (("Bald", "Smiling"), np.int32)
+    np.testing.assert_array_equal(attributes.labels.sum(0), [1, 2])
+    assert numbers.classes == ("7", "30", "200")
+    assert texts.classes == ("Ada", "Bo", "Zoë")
+    # The same order of examples each time: 7 is Zoë, 30 Ada, 200 Bo.
+    np.testing.assert_array_equal(np.array([2, 0, 1])[numbers.labels], texts.labels)
+    smiling = attributes.labels[:, 1] == 1
+    assert sorted(texts.labels[smiling]) == [0, 1]
+
+
+def test_tfds_mistakes_are_named(prepared: Path) -> None:
+    def refused(complaint: str, split: data.Split = "train", **change: Any) -> None:
+        settings = {"name": "jinv_digits", "folder": str(prepared), **change}
+        with pytest.raises(ValueError, match=complaint):
+            data.Source("tfds", **settings).load(split, 8)
+
+    refused("jinv_digits, split validation", split="validation")
+    refused("no feature 'labels'; there are: .*label", label="labels")
+    refused("no feature 'picture'", image="picture")
+    refused("'label' of jinv_digits is no image", image="label", label="image")
+    refused("is no image", name="jinv_faces", image="attributes", label="person")
+    refused("one value", name="jinv_faces", image="picture", label="box")
+    refused("nonesuch.*not found", name="nonesuch")
+
+
+def test_tfds_never_downloads(tfds: ModuleType, tmp_path: Path) -> None:
+    """Unprepared data is refused at once, with the way to prepare it."""
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=r"cifar10 is not prepared in .*array_record.*prepare"):
+        data.Source("tfds", str(tmp_path), "cifar10").load("train", 32)
+    assert time.monotonic() - began < 5
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "classes"),
+    [("cifar10", (4, 32, 32, 3), 10), ("mnist", (4, 32, 32, 1), 10), ("celeb_a", None, 40)],
+)
+def test_tfds_of_the_catalogue(
+    name: str, shape: tuple[int, ...] | None, classes: int, tfds: ModuleType
+) -> None:
+    label = "label" if shape else "attributes"
+    with tfds.testing.mock_data(num_examples=4):
+        found = data.Source("tfds", name=name, label=label).load("train", 32)
+    assert found.images.shape == (shape or (4, 32, 32, 3))
+    assert len(found.classes) == classes
+    assert found.has_attributes == (shape is None)
+
+
+def test_tfds_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(ImportError, match=r"pip install 'jinv\[tfds\]'"):
+        data.Source("tfds", name="cifar10").load("train", 32)
 
 
 # --- pictures ------------------------------------------------------------------------------------
@@ -304,6 +632,21 @@ def test_sources(tmp_path: Path) -> None:
         data.Source("idx")
     with pytest.raises(ValueError, match="transposed"):
         data.Source(transposed=True)
+    (tmp_path / "test").rename(tmp_path / "val")
+    renamed = data.Source("images", str(tmp_path), splits={"test": "val"})
+    np.testing.assert_array_equal(renamed.load("test", 20).images, found.images)
+    np.savez(tmp_path / "test.npz", images=COLOUR, labels=LABELS)
+    assert len(data.Source("arrays", str(tmp_path)).load("test", 99)) == 5
+    for mistake, complaint in (
+        ({"format": "arrays"}, "needs its folder"),
+        ({"format": "tfds"}, "needs its name"),
+        ({"format": "images", "folder": "x", "name": "y"}, "name belongs"),
+        ({"format": "arrays", "folder": "x", "label": "y"}, "image and label"),
+        ({"format": "idx", "folder": "x", "splits": {"test": "val"}}, "splits belongs"),
+        ({"format": "arrays", "folder": "x", "splits": {"val": "test"}}, "some of train"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            data.Source(**mistake)
 
 
 def test_bytes_become_normalised_images() -> None:

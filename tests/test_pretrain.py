@@ -254,6 +254,15 @@ def test_splits_must_go_together(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "a, c are not those of the training images: a, b" in capsys.readouterr().err
 
 
+def test_attributes_are_no_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, labels = np.zeros((9, 8, 8), np.uint8), np.eye(9, 3, dtype=np.uint8)
+    for split in ("train", "test"):
+        np.savez(tmp_path / f"{split}.npz", images=images, labels=labels)
+    path = write(tmp_path, {"data": {"format": "arrays", "folder": str(tmp_path)}})
+    assert run("--config", path, "--out", tmp_path / "out") == 2
+    assert "labels are attributes" in capsys.readouterr().err
+
+
 def test_a_loss_that_explodes_ends_the_run(
     tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
