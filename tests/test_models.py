@@ -18,7 +18,7 @@ from PIL import Image
 
 import weights_convert
 from jinv import image, models
-from jinv.models import layers
+from jinv.models import layers, registry
 from jinv.net import Net
 
 # The names and their numbers of parameters. torchvision's are those of its documentation.
@@ -42,6 +42,7 @@ PARAMETERS = {
     "vgg16_bn": 138_365_992,
     "vgg19_bn": 143_678_248,
     "mobilenet_v2": 3_504_872,
+    "efficientnet_b0": 5_288_548,
     "efficientnet_lite0": 4_652_008,
     "efficientnet_lite1": 5_416_680,
     "efficientnet_lite2": 6_092_072,
@@ -60,6 +61,7 @@ QUICK = (
     "vgg11",
     "vgg11_bn",
     "mobilenet_v2",
+    "efficientnet_b0",
     "efficientnet_lite0",
     "efficientnet_lite2",
     "resnet18_cifar",
@@ -73,6 +75,7 @@ FAMILIES = (
     pytest.param("vgg11", marks=pytest.mark.slow),  # half a gigabyte, as the next
     "vgg11_bn",
     "mobilenet_v2",
+    "efficientnet_b0",
     "efficientnet_lite0",
     "resnet18_cifar",
     "resnet20_cifar",
@@ -145,6 +148,20 @@ def test_number_of_parameters(name: str) -> None:
     leaves = flat(models.template(name))
     trained = [leaf for key, leaf in leaves.items() if not key.endswith(buffers)]
     assert sum(math.prod(leaf.shape) for leaf in trained) == PARAMETERS[name]
+
+
+# Width and depth of arXiv 1905.11946's other networks.
+EFFICIENTNETS = {"b1": (1.0, 1.1), "b2": (1.1, 1.2), "b3": (1.2, 1.4), "b5": (1.6, 2.2)}
+
+
+@pytest.mark.parametrize("variant", EFFICIENTNETS)
+def test_scaled_efficientnets_have_torch_names_and_shapes(
+    variant: str, peers: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    width, depth = EFFICIENTNETS[variant]
+    entry = registry._efficientnet(240, width, depth)
+    monkeypatch.setitem(registry._REGISTRY, f"efficientnet_{variant}", entry)
+    test_state_dict_names_and_shapes_equal_torch(f"efficientnet_{variant}", peers)
 
 
 # --- numbers -------------------------------------------------------------------------------------

