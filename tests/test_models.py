@@ -51,6 +51,7 @@ PARAMETERS = {
     "resnet34_cifar": 21_282_122,
     "resnet20_cifar": 269_722,
     "lenet": 13_426,
+    "vgg_small": 817_658,
 }
 # One or two a family; the others differ in depth and width only.
 QUICK = (
@@ -67,6 +68,7 @@ QUICK = (
     "resnet18_cifar",
     "resnet20_cifar",
     "lenet",
+    "vgg_small",
 )
 FAMILIES = (
     "resnet18",
@@ -80,7 +82,7 @@ FAMILIES = (
     "resnet18_cifar",
     "resnet20_cifar",
 )
-WITHOUT_BATCH_NORM = ("lenet", "vgg11", "vgg13", "vgg16", "vgg19")
+WITHOUT_BATCH_NORM = ("lenet", "vgg_small", "vgg11", "vgg13", "vgg16", "vgg19")
 EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in PARAMETERS]
 
 
@@ -171,7 +173,7 @@ def test_scaled_efficientnets_have_torch_names_and_shapes(
 def test_logits_and_moments_equal_torch(name: str, peers: ModuleType, tmp_path: Path) -> None:
     """Random weights through a file, random non-square images; 1e-4 of each layer's norm."""
     shape = (2, 32, 43, 3) if "cifar" in name else (2, 64, 75, 3)
-    shape = (2, 28, 28, 1) if name == "lenet" else shape
+    shape = {"lenet": (2, 28, 28, 1), "vgg_small": (2, 32, 43, 1)}.get(name, shape)
     network = peers.random_network(name, random_images(shape, seed=1))
     images = random_images(shape, seed=2)
     expected = peers.forward(network, images)
@@ -194,6 +196,20 @@ def test_logits_and_moments_equal_torch(name: str, peers: ModuleType, tmp_path: 
     for ours, theirs in zip(net.running_moments(), expected.statistics, strict=True):
         np.testing.assert_array_equal(ours.mean, theirs[0])
         np.testing.assert_array_equal(ours.var, theirs[1])
+
+
+@pytest.mark.parametrize("size", [28, 32])
+def test_small_vgg_takes_both_sizes_of_gray_images(
+    size: int, peers: ModuleType, tmp_path: Path
+) -> None:
+    images = random_images((2, size, size, 1))
+    network = peers.random_network("vgg_small", images)
+    peers.torch.save(network.state_dict(), tmp_path / "vgg_small.pth")
+    net = models.load("vgg_small", tmp_path / "vgg_small.pth")
+    found = jax.jit(net.apply)(net.variables, jnp.asarray(images))
+    assert distance(found.logits, peers.forward(network, images).logits) < 1e-4
+    assert found.features.shape == (2, 256)
+    assert (net.preprocessing.channels, net.preprocessing.size, net.classes) == (1, 32, 26)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

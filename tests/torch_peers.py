@@ -199,6 +199,21 @@ class LeNet(nn.Module):
         return self.fc(self.body(x).flatten(1))
 
 
+class VGGSmall(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inputs, outputs in ((1, 32), (32, 64), (64, 128)):
+            layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU()]
+            layers += [nn.Conv2d(outputs, outputs, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Sequential(nn.Linear(2048, 256), nn.ReLU(), nn.Linear(256, 26))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.adaptive_avg_pool2d(self.features(x), 4)
+        return self.classifier(x.flatten(1))
+
+
 # --- any network of the zoo --------------------------------------------------------------------
 
 
@@ -209,6 +224,8 @@ def build(name: str) -> nn.Module:
             return EfficientNetLite(name)
         if name == "lenet":
             return LeNet()
+        if name == "vgg_small":
+            return VGGSmall()
         if name == "resnet18_cifar":
             return CifarResNet((2, 2, 2, 2), (64, 128, 256, 512), "B")
         if name == "resnet18_cifar_slim":

@@ -22,6 +22,7 @@ from jinv.models import (
     resnet,
     resnet_cifar,
     vgg,
+    vgg_small,
 )
 from jinv.net import Net
 
@@ -29,6 +30,7 @@ IMAGENET = Preprocessing()
 CIFAR10 = Preprocessing(size=32, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
 
 FASHION_MNIST = Preprocessing(size=28, mean=(0.286,), std=(0.353,))
+EMNIST_LETTERS = Preprocessing(size=32, mean=(0.1722,), std=(0.3309,))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +155,7 @@ _REGISTRY: dict[str, Entry] = {
     "efficientnet_lite1": _lite(240, 1.0, 1.1, 1, "77cc7160"),
     "efficientnet_lite2": _lite(260, 1.1, 1.2, 2, "9656183e"),
     "lenet": Entry(lenet.LeNet, FASHION_MNIST, 10),
+    "vgg_small": Entry(vgg_small.VGGSmall, EMNIST_LETTERS, 26),
     "resnet18_cifar": _cifar((2, 2, 2, 2)),
     "resnet18_cifar_slim": _cifar((2, 2, 2, 2), widths=(16, 32, 64, 128)),
     "resnet34_cifar": _cifar((3, 4, 6, 3)),
