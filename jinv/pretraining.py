@@ -47,10 +47,7 @@ class Recipe:
     training: training.Config = dataclasses.field(default_factory=training.Config)
 
     def __post_init__(self) -> None:
-        if self.size is not None and not self.data.takes_size:
-            raise ValueError(
-                "size belongs to data of the formats 'images' and 'tfds': others have their own"
-            )
+        check_size(self.size, self.data)
 
 
 class Pretraining:
@@ -66,7 +63,7 @@ class Pretraining:
         self.recipe = recipe
         usual = models.entry(recipe.model).preprocessing
         size = recipe.size or usual.size
-        self.train, test = (recipe.data.load(split, size) for split in ("train", "test"))
+        self.train, self.test = splits(recipe.data, size)
         if self.train.has_attributes:
             raise ValueError("labels are attributes: a network is trained on classes")
         self.key, chosen_key = jax.random.split(jax.random.key(recipe.seed))
@@ -77,18 +74,12 @@ class Pretraining:
                 )
             order = np.asarray(jax.random.permutation(chosen_key, len(self.train)))
             self.train = self.train.take(order[: recipe.train_images])
-        if test.classes != self.train.classes[: len(test.classes)]:
-            raise ValueError(
-                f"the test images' classes {', '.join(test.classes)} are not those of the "
-                f"training images: {', '.join(self.train.classes)}"
-            )
-        self.test = dataclasses.replace(test, classes=self.train.classes)
         _, height, width, channels = self.train.images.shape
-        if height != width or test.images.shape[1:] != (height, width, channels):
+        if height != width or self.test.images.shape[1:] != (height, width, channels):
             raise ValueError(
                 "images must be square and of one size: training images are "
-                f"{width} x {height} px, test images {test.images.shape[2]} x "
-                f"{test.images.shape[1]} px"
+                f"{width} x {height} px, test images {self.test.images.shape[2]} x "
+                f"{self.test.images.shape[1]} px"
             )
         if len(self.train) < recipe.training.batch:
             raise ValueError(f"{len(self.train)} images fill no batch of {recipe.training.batch}")
@@ -201,6 +192,25 @@ class _Training:
     name: str
     steps: int
     cost: float = 1.0
+
+
+def check_size(size: int | None, source: data.Source) -> None:
+    """ValueError if a side of images is asked for where they have their own."""
+    if size is not None and not source.takes_size:
+        raise ValueError(
+            "size belongs to data of the formats 'images' and 'tfds': others have their own"
+        )
+
+
+def splits(source: data.Source, size: int) -> tuple[data.Dataset, data.Dataset]:
+    """Images to train on and to test on; ValueError if their classes are not the same."""
+    train, test = source.load("train", size), source.load("test", size)
+    if test.classes != train.classes[: len(test.classes)]:
+        raise ValueError(
+            f"the test images' classes {', '.join(test.classes)} are not those of the "
+            f"training images: {', '.join(train.classes)}"
+        )
+    return train, dataclasses.replace(test, classes=train.classes)
 
 
 def measured(images: np.ndarray, channels: int) -> Preprocessing:

@@ -77,9 +77,9 @@ class Progress:
         Args:
           index: of the phase.
           start: number of the first of these steps, over all phases.
-          metrics: "loss" and other names -> their values at each of these steps.
+          metrics: names -> their values at each of these steps.
         """
-        count = len(metrics["loss"])
+        count = len(next(iter(metrics.values())))
         if not count:
             return
         done = start + count

@@ -36,10 +36,16 @@ from jinv import optimise, parallel
 from jinv.files import write_atomic
 from jinv.progress import Progress
 
+_FEATURES = tuple(
+    f"{split}{partial}/{file}"
+    for split in ("train", "test")
+    for partial in ("", ".partial")
+    for file in ("features.json", "features.npy", "labels.npy", "images.npy")
+)
 FOLDERS = ("checkpoints", "progress", "images", "bn_only")
 FILES = (
     *("summary.json", "metrics.csv", "scores.csv", "grid.png", "curves.svg", "report.html"),
-    *("weights.safetensors", "classes.txt", "config.yaml"),
+    *("weights.safetensors", "classes.txt", *_FEATURES, "config.yaml"),
 )
 """What a run writes into its folder."""
 
