@@ -142,6 +142,18 @@ def resize(images: Array, size: int | tuple[int, int], method: str = "bilinear")
     return jax.image.resize(images, (images.shape[0], height, width, images.shape[3]), method)
 
 
+def resize_bytes(images: Array, size: int, method: str = "bicubic") -> Array:
+    """Bytes (B, H, W, C) to (B, size, size, C) in Pillow's two passes: along rows, then columns.
+
+    Bicubic overshoots at edges; what is outside of bytes is cut off after each pass.
+    """
+    for shape in ((images.shape[1], size), (size, size)):
+        if images.shape[1:3] != shape:
+            values = resize(images.astype(jnp.float32), shape, method)
+            images = jnp.floor(jnp.clip(values, 0, 255) + 0.5).astype(jnp.uint8)
+    return images
+
+
 def to_bytes(pixels: Array | np.ndarray) -> np.ndarray:
     """Pixels in [0, 1] (clipped) to uint8, rounded to nearest."""
     return np.asarray(np.rint(np.clip(np.asarray(pixels, np.float32), 0, 1) * 255), np.uint8)

@@ -64,6 +64,7 @@ class Net:
         training; dropout stays off. None if that is not known.
       counts: shape of images -> n of every BatchNorm layer in forward order: how many values of a
         channel its moments are of, images times pixels. Nothing is computed for it.
+      head: path in `variables` of the last linear layer called, None if there is none.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Net:
     statistics: tuple[tuple[Path, Path], ...]
     train_apply: Callable[[Variables, Array], Outputs] | None = None
     counts: Callable[[tuple[int, ...]], tuple[int, ...]] | None = None
+    head: Path | None = None
 
     def running_moments(self, variables: Variables | None = None) -> tuple[Moments, ...]:
         """Running mean and variance of every BatchNorm layer, in forward order."""
@@ -163,7 +165,7 @@ class Net:
                         inputs = _inputs(target, args, kwargs)
                         record.batch_norm((*root, "mean"), (*root, "var"), inputs)
                     elif isinstance(target, linen.Dense):
-                        record.linear(_inputs(target, args, kwargs))
+                        record.linear(("params", *target.path), _inputs(target, args, kwargs))
                 return method(*args, **kwargs)
 
             with linen.intercept_methods(watch):
@@ -189,6 +191,7 @@ class _Record:
         self.moments: list[Moments] = []
         self.counts: list[int] = []
         self.features: Array | None = None
+        self.head: Path | None = None
 
     def batch_norm(self, mean: Path, var: Path, inputs: Array) -> None:
         self._readable()
@@ -196,9 +199,9 @@ class _Record:
         self.moments.append(batch_moments(inputs))
         self.counts.append(inputs.size // inputs.shape[-1])
 
-    def linear(self, inputs: Array) -> None:
+    def linear(self, path: Path, inputs: Array) -> None:
         self._readable()
-        self.features = inputs
+        self.head, self.features = path, inputs
 
     def _readable(self) -> None:
         if get_opaque_trace_state() != self._trace:
@@ -253,7 +256,7 @@ def _watch_nnx(module: nnx.Module, path: Path, record: _Record) -> None:
     def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Array:
         inputs = _inputs(self, args, kwargs)
         if names is None:
-            record.linear(inputs)
+            record.linear(path, inputs)
         else:
             record.batch_norm((*path, names[0]), (*path, names[1]), inputs)
         return original.__call__(self, *args, **kwargs)
@@ -284,8 +287,8 @@ def _build(
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         return Outputs(logits, record.features, tuple(record.moments))
 
-    def traced(shape: tuple[int, ...]) -> tuple[Any, list[tuple[Path, Path]], list[int]]:
-        """Logits' shape, and statistics' paths and counts of every BatchNorm layer."""
+    def traced(shape: tuple[int, ...]) -> tuple[Any, _Record]:
+        """Logits' shape, and the record of paths and counts."""
         record = _Record()
 
         def trace(variables: Variables, images: Array) -> Array:
@@ -294,16 +297,16 @@ def _build(
             return forward(variables, images, record)
 
         logits = jax.eval_shape(trace, variables, jax.ShapeDtypeStruct(shape, jnp.float32))
-        return logits, record.statistics, record.counts
+        return logits, record
 
     shape = (1, preprocessing.size, preprocessing.size, preprocessing.channels)
-    logits, statistics, _ = traced(shape)
+    logits, record = traced(shape)
     if not hasattr(logits, "shape") or logits.ndim != 2 or logits.shape[0] != 1:
         raise ValueError(
             f"{name} must return logits (batch, classes) for images {shape}; "
             f"it returned {jax.tree.map(lambda leaf: leaf.shape, logits)}"
         )
-    for mean, _ in statistics:
+    for mean, _ in record.statistics:
         _get(variables, mean)
     return Net(
         name,
@@ -311,9 +314,10 @@ def _build(
         variables,
         preprocessing,
         logits.shape[1],
-        tuple(statistics),
+        tuple(record.statistics),
         None if train_forward is None else functools.partial(recorded, train_forward),
-        lambda shape: tuple(traced(shape)[2]),
+        lambda shape: tuple(traced(shape)[1].counts),
+        record.head,
     )
 
 

@@ -8,14 +8,17 @@ import json
 import signal
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
+from jax import Array
+from jax.sharding import Mesh
 
 import weights_convert
 from jinv import config as configs
-from jinv import curves, data, hardware, models, parallel, session, training
+from jinv import curves, data, evidence, hardware, models, parallel, session, training
 from jinv.files import write_atomic
 from jinv.image import Preprocessing
 from jinv.net import Net
@@ -30,24 +33,60 @@ class Recipe:
     """What a config file holds.
 
     Attributes:
-      model: a network of the zoo, with random weights; gray images reach it as equal channels.
+      model: a network of the zoo; gray images reach it as equal channels.
+      weights: what it begins with: a .pth or .safetensors file, "package" for weights inside an
+        installed package, or a folder that scripts/pretrain.py wrote. Its last linear layer is
+        replaced by one with random weights for the classes of the data; its normalisation and size
+        are kept, and images are brought to that size on the device. None for random weights.
       data: what it learns and is tested on.
-      size: side of the images of a folder of pictures or of tfds; None for the network's usual
-        one. Others have their own.
+      size: side of the images of a folder of pictures or of tfds; None for the network's one.
+        Others have their own.
       train_images: take so many of the training images, chosen at random; all by default.
       seed: of everything random.
+      head: a training of the last layer alone, before `training`; it needs `weights`.
       training: the mathematics.
     """
 
     model: str
+    weights: str | None = None
     data: data.Source = dataclasses.field(default_factory=data.Source)
     size: int | None = None
     train_images: int | None = None
     seed: int = 0
+    head: training.Config | None = None
     training: training.Config = dataclasses.field(default_factory=training.Config)
 
     def __post_init__(self) -> None:
+        if self.head is not None and self.weights is None:
+            raise ValueError("head trains the last layer of a network with weights: give some")
         check_size(self.size, self.data)
+
+
+class _Phase(NamedTuple):
+    """A training, as the progress bar shows it.
+
+    Attributes:
+      name: "head" or "training".
+      steps: of all its epochs.
+      config: the mathematics.
+      key: of its randomness.
+      mesh: of the devices that share a batch.
+      per_epoch: steps.
+      first: steps of the phases before it.
+    """
+
+    name: str
+    steps: int
+    config: training.Config
+    key: Array
+    mesh: Mesh
+    per_epoch: int
+    first: int
+    cost: float = 1.0
+
+    @property
+    def end(self) -> int:
+        return self.first + self.steps
 
 
 class Pretraining:
@@ -55,17 +94,17 @@ class Pretraining:
 
     Attributes:
       train, test: the images.
-      net: with its first weights. Its preprocessing normalises by mean and standard deviation of
-        the training images, see `measured`.
+      phases: what is done with them.
+      net: with its first weights. If these are random, its preprocessing normalises by mean and
+        standard deviation of the training images, see `measured`.
     """
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         usual = models.entry(recipe.model).preprocessing
-        size = recipe.size or usual.size
-        self.train, self.test = splits(recipe.data, size)
-        if self.train.has_attributes:
-            raise ValueError("labels are attributes: a network is trained on classes")
+        source = None if recipe.weights is None else _source(recipe.model, recipe.weights)
+        space = usual if source is None else source.preprocessing
+        self.train, self.test = splits(recipe.data, recipe.size or space.size)
         self.key, chosen_key = jax.random.split(jax.random.key(recipe.seed))
         if recipe.train_images is not None:
             if not 1 <= recipe.train_images <= len(self.train):
@@ -81,92 +120,118 @@ class Pretraining:
                 f"{width} x {height} px, test images {self.test.images.shape[2]} x "
                 f"{self.test.images.shape[1]} px"
             )
-        if len(self.train) < recipe.training.batch:
-            raise ValueError(f"{len(self.train)} images fill no batch of {recipe.training.batch}")
-        self.net = models.load(
+        if channels not in (1, space.channels):
+            raise ValueError(
+                f"images of {channels} channels cannot be shown to {recipe.model}, which takes "
+                f"{space.channels}"
+            )
+        self.phases = _phases(recipe, len(self.train), self.key)
+        net = models.load(
             recipe.model,
             None,
             classes=len(self.train.classes),
-            preprocessing=measured(self.train.images, usual.channels),
+            preprocessing=measured(self.train.images, usual.channels) if source is None else space,
             seed=recipe.seed,
         )
-        self.mesh = training.batch_mesh(recipe.training.batch)
+        self.net = net if source is None else _with_body(net, source)
 
     def run(self, run: session.Session) -> dict[str, Any]:
         """Train and write the results; returns the summary (of the main process)."""
-        config = self.recipe.training
-        per_epoch = len(self.train) // config.batch
-        total = config.epochs * per_epoch
-        accuracy = training.make_accuracy(self.net, self.mesh, config.batch)
-        stage = _Training("training", total)
-        with run.checkpoints() as manager, session.Signals() as stopping, Progress([stage]) as bar:
+        phases, net = self.phases, self.net
+        total = phases[-1].end
+        with run.checkpoints() as manager, session.Signals() as stopping, Progress(phases) as bar:
 
-            def callback(
-                start: int, metrics: Mapping[str, np.ndarray], state: training.State | None
-            ) -> None:
-                bar.update(0, start, metrics)
-                done = start
-                for loss, share in zip(metrics["loss"], metrics["accuracy"], strict=True):
-                    run.metrics.add(step=done, loss=float(loss), accuracy=float(share))
-                    done += 1
-                if state is not None and done % per_epoch == 0:
-                    found = {"test_accuracy": accuracy(state.variables, self.test)}
-                    run.scores.add(step=done, **found)
-                    bar.say(done, found)
-                    run.save(manager, done, state)
+            def template(meta: Mapping[str, Any]) -> training.State:
+                phase = phases[meta.get("phase", 0)]
+                return training.abstract_state(net, phase.config, phase.mesh)
 
-            restored = run.restore(
-                manager, lambda meta: training.abstract_state(self.net, config, self.mesh)
-            )
+            restored = run.restore(manager, template)
+            begun, state = 0, None
+            if restored is not None:
+                begun, state = restored[0].get("phase", 0), training.State(*restored[1])
             try:
-                state = training.run(
-                    self.net,
-                    config,
-                    self.key,
-                    self.train,
-                    mesh=self.mesh,
-                    state=None if restored is None else training.State(*restored[1]),
-                    callback=callback,
-                    should_stop=stopping,
-                    clock=run.clock,
-                )
+                for index, phase in list(enumerate(phases))[begun:]:
+                    state = training.run(
+                        net,
+                        phase.config,
+                        phase.key,
+                        self.train,
+                        mesh=phase.mesh,
+                        state=state,
+                        callback=self._callback(run, manager, bar, index, phase),
+                        should_stop=stopping,
+                        clock=run.clock,
+                    )
+                    done = phase.first + int(parallel.fetch(state.step))
+                    if done < phase.end or (phase is not phases[-1] and stopping()):
+                        run.save(manager, done, state, phase=index)
+                        raise run.stopped(stopping.number or signal.SIGTERM, done, total)
+                    variables = jax.tree.map(parallel.fetch, state.variables)
+                    net, state = dataclasses.replace(net, variables=variables), None
             finally:
                 run.save_logs()
-            done = int(parallel.fetch(state.step))
-            if done < total:
-                run.save(manager, done, state)
-                raise run.stopped(stopping.number or signal.SIGTERM, done, total)
-        variables = jax.tree.map(parallel.fetch, state.variables)
         summary: dict[str, Any] = {}
-        parallel.on_main(
-            lambda: summary.update(self._write(run, variables, per_epoch)), session.SessionError
-        )
+        parallel.on_main(lambda: summary.update(self._write(run, variables)), session.SessionError)
         return summary
 
-    def _write(
-        self, run: session.Session, variables: Mapping[Any, Any], per_epoch: int
-    ) -> dict[str, Any]:
+    def _callback(
+        self,
+        run: session.Session,
+        manager: ocp.CheckpointManager,
+        bar: Progress,
+        index: int,
+        phase: _Phase,
+    ) -> training.Callback:
+        """Logs every step; looks at the test images and saves a checkpoint after every epoch."""
+        accuracy = training.make_accuracy(self.net, phase.mesh, phase.config.batch)
+
+        def callback(
+            start: int, metrics: Mapping[str, np.ndarray], state: training.State | None
+        ) -> None:
+            done = phase.first + start
+            bar.update(index, done, metrics)
+            for loss, share in zip(metrics["loss"], metrics["accuracy"], strict=True):
+                run.metrics.add(step=done, loss=float(loss), accuracy=float(share))
+                done += 1
+            if state is not None and (done - phase.first) % phase.per_epoch == 0:
+                found = {"test_accuracy": accuracy(state.variables, self.test)}
+                run.scores.add(step=done, **found)
+                bar.say(done, found)
+                run.save(manager, done, state, phase=index)
+
+        return callback
+
+    def _write(self, run: session.Session, variables: Mapping[Any, Any]) -> dict[str, Any]:
         """Weights, names of classes, curves; the summary last."""
         weights_convert.write(run.folder / WEIGHTS, weights_convert.from_flax(variables))
         write_atomic(run.folder / CLASSES, "\n".join(self.train.classes) + "\n")
         steps = [row["step"] for row in run.metrics.rows]
+        epochs = [
+            step for phase in self.phases for step in range(phase.first, phase.end, phase.per_epoch)
+        ]
+        per_epoch = self.phases[-1].per_epoch
         test_accuracy = run.scores.column("test_accuracy")[-1]
         svg = curves.plot(
             {name: run.metrics.column(name) for name in ("loss", "accuracy")},
             steps,
             title=f"{self.recipe.model}: test accuracy {test_accuracy:.4f}",
-            boundaries=steps[per_epoch::per_epoch],
+            boundaries=epochs[1:],
         )
         write_atomic(run.folder / "curves.svg", svg)
-        machine = hardware.describe()
+        machine, mesh = hardware.describe(), self.phases[-1].mesh
+        transfer: dict[str, Any] = {}
+        if self.recipe.weights is not None:
+            head = 0 if self.recipe.head is None else self.recipe.head.epochs
+            transfer = {"weights": self.recipe.weights, "head_epochs": head}
         summary = {
             "model": self.recipe.model,
+            **transfer,
             "data": configs.plain(self.recipe.data),
             "classes": list(self.train.classes),
             "preprocessing": configs.plain(self.net.preprocessing),
-            "device": f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}",
+            "device": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
             "epochs": self.recipe.training.epochs,
-            "steps": len(steps),
+            "steps": self.phases[-1].end,
             "images": len(self.train),
             "test_images": len(self.test),
             "test_accuracy": test_accuracy,
@@ -185,13 +250,25 @@ class Pretraining:
         return summary
 
 
-@dataclasses.dataclass(frozen=True)
-class _Training:
-    """What the progress bar shows."""
-
-    name: str
-    steps: int
-    cost: float = 1.0
+def _phases(recipe: Recipe, images: int, key: Array) -> list[_Phase]:
+    """The recipe's trainings; `key` is that of the last."""
+    # Not one of the two keys that the seed's is split into.
+    head_key = jax.random.fold_in(jax.random.key(recipe.seed), 2)
+    wanted = [("training", recipe.training, key)]
+    if recipe.head is not None:
+        alone = dataclasses.replace(recipe.head, learns="head")
+        wanted.insert(0, ("head", alone, head_key))
+    phases: list[_Phase] = []
+    first = 0
+    for name, config, key in wanted:
+        per_epoch = images // config.batch
+        if not per_epoch:
+            raise ValueError(f"{images} images fill no batch of {config.batch}")
+        mesh = training.batch_mesh(config.batch)
+        steps = config.epochs * per_epoch
+        phases.append(_Phase(name, steps, config, key, mesh, per_epoch, first))
+        first += steps
+    return phases
 
 
 def check_size(size: int | None, source: data.Source) -> None:
@@ -211,6 +288,31 @@ def splits(source: data.Source, size: int) -> tuple[data.Dataset, data.Dataset]:
             f"training images: {', '.join(train.classes)}"
         )
     return train, dataclasses.replace(test, classes=train.classes)
+
+
+def _source(model: str, weights: str) -> Net:
+    """The network that is begun with, of as many classes as it has.
+
+    Raises:
+      ValueError: there is none, or it is another.
+      FileNotFoundError: the package that holds the weights is not installed.
+    """
+    if Path(weights).is_dir():
+        net = load(weights)
+        if net.name != model:
+            raise ValueError(f"{weights} holds a {net.name}, not a {model}")
+        return net
+    path = models.packaged_weights(model) if weights == "package" else Path(weights)
+    layer = ".".join(map(str, models.load(model, None).head or ()))
+    weight = weights_convert.read(path).get(f"{layer}.weight")
+    classes = None if weight is None or weight.ndim != 2 else len(weight)
+    return models.load(model, path, classes=classes)
+
+
+def _with_body(net: Net, source: Net) -> Net:
+    """The network with the weights of another but for the last layer, where the classes differ."""
+    head = training.learned(net, net.variables, "head")
+    return dataclasses.replace(net, variables=evidence.with_parameters(source.variables, head))
 
 
 def measured(images: np.ndarray, channels: int) -> Preprocessing:

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +18,17 @@ import numpy as np
 import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from jinv import evidence, image, optimise, parallel
 from jinv.data import Dataset
-from jinv.net import Moments, Net, Outputs, Variables
+from jinv.net import Moments, Net, Outputs, Path, Variables
 
 CHUNK = 10
 """Steps between two looks of the host at the device."""
 _BATCH = PartitionSpec(parallel.BATCH)
+
+Learns = Literal["all", "head", "all_but_batch_norm"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +50,9 @@ class Config:
       flip: mirror every image with probability 1/2.
       crop: pixels of black margin that every image may be moved into, at random.
       statistics_momentum: weight of a batch in the running statistics, torch's `momentum`.
+      learns: "all"; only the "head", the last linear layer; or "all_but_batch_norm", neither
+        BatchNorm's parameters nor its running statistics. Without "all" BatchNorm layers normalise
+        with their running statistics, which stay as they are.
     """
 
     epochs: int = 3
@@ -62,6 +68,7 @@ class Config:
     flip: bool = False
     crop: int = 0
     statistics_momentum: float = 0.1
+    learns: Learns = "all"
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch < 1 or self.lr <= 0:
@@ -74,6 +81,8 @@ class Config:
             raise ValueError("statistics_momentum must be above 0 and at most 1")
         if self.nesterov and not self.momentum and self.optimiser == "sgd":
             raise ValueError("nesterov needs a momentum")
+        if self.learns not in get_args(Learns):
+            raise ValueError(f"learns is one of {', '.join(get_args(Learns))}, not {self.learns!r}")
 
 
 class State(NamedTuple):
@@ -81,7 +90,7 @@ class State(NamedTuple):
 
     Attributes:
       variables: all of the network's: parameters, running statistics, counters.
-      optimiser: optax state of the parameters.
+      optimiser: optax state of the parameters that are learned.
       step: steps done.
     """
 
@@ -94,8 +103,8 @@ class Info(NamedTuple):
     """What a person reads of one step: of its batch, before the update.
 
     Attributes:
-      loss: mean cross-entropy.
-      accuracy: share of the batch that is given its class.
+      loss: mean cross-entropy; of attributes, over these too.
+      accuracy: share of the batch that is given its class; of attributes, share that is right.
     """
 
     loss: Array
@@ -103,7 +112,7 @@ class Info(NamedTuple):
 
 
 Step = Callable[[Array, State, Array, Array], tuple[State, Info]]
-"""(key, state, bytes (B, H, W, 1 or C), labels (B,)) -> (state, info)."""
+"""(key, state, bytes (B, H, W, 1 or C), labels (B,) or attributes (B, K)) -> (state, info)."""
 
 
 def make_optimiser(config: Config, steps: int) -> optax.GradientTransformation:
@@ -117,46 +126,100 @@ def make_optimiser(config: Config, steps: int) -> optax.GradientTransformation:
     )
 
 
-def init(net: Net, optimiser: optax.GradientTransformation) -> State:
+def learned(net: Net, variables: Variables, learns: Learns) -> dict[Any, Any]:
+    """The parameters that training changes, see `Config.learns`.
+
+    Raises:
+      ValueError: the head is asked for, but the network ends in no linear layer.
+    """
+    parameters = evidence.parameters(net, variables)
+    if learns == "all":
+        return parameters
+    if learns == "head":
+        if net.head is None:
+            raise ValueError(f"{net.name} has no head: it ends in no linear layer")
+        return _within(parameters, lambda path: path[: len(net.head or ())] == net.head)
+    layers = {mean[:-1] for mean, _ in net.statistics}
+    # Linen keeps a layer's parameters apart from its statistics.
+    layers |= {("params", *layer[1:]) for layer in layers if layer[0] == "batch_stats"}
+    return _within(parameters, lambda path: path[:-1] not in layers)
+
+
+def _within(tree: Variables, chosen: Callable[[Path], bool], path: Path = ()) -> dict[Any, Any]:
+    """The leaves of a tree whose path is chosen."""
+    kept: dict[Any, Any] = {}
+    for key, value in tree.items():
+        here = (*path, key)
+        if isinstance(value, Mapping):
+            inner = _within(value, chosen, here)
+            if inner:
+                kept[key] = inner
+        elif chosen(here):
+            kept[key] = value
+    return kept
+
+
+def init(net: Net, optimiser: optax.GradientTransformation, learns: Learns = "all") -> State:
     """The state before the first step, in arrays of its own: steps take over their buffers."""
     variables = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), dict(net.variables))
-    parameters = evidence.parameters(net, variables)
+    parameters = learned(net, variables, learns)
     return State(variables, optimiser.init(parameters), jnp.zeros((), jnp.int32))
 
 
 def make_step(net: Net, config: Config, optimiser: optax.GradientTransformation) -> Step:
-    """One step on a batch, BatchNorm in training mode: with the moments of the whole batch.
+    """One step on a batch.
 
+    Where all is learned, BatchNorm is in training mode: with the moments of the whole batch.
     Randomness of step t comes from `fold_in(key, t)` alone.
 
     Raises:
-      ValueError: the network has no training mode.
+      ValueError: the network has no training mode, or no head.
     """
-    forward = net.mode(training=True)
+    frozen = config.learns != "all"
+    forward = net.mode(training=not frozen)
 
     def step(key: Array, state: State, images: Array, labels: Array) -> tuple[State, Info]:
-        before = evidence.parameters(net, state.variables)
+        before = learned(net, state.variables, config.learns)
         images = augment(jax.random.fold_in(key, state.step), images, config)
-        seen = image.from_bytes(
-            images, net.preprocessing, jnp.result_type(*jax.tree.leaves(before))
-        )
-        smoothing = config.label_smoothing
-        targets = (1 - smoothing) * jax.nn.one_hot(labels, net.classes) + smoothing / net.classes
+        seen = normalised(net, images, jnp.result_type(*jax.tree.leaves(before)))
 
         def loss(parameters: evidence.Parameters) -> tuple[Array, Outputs]:
             outputs = forward(evidence.with_parameters(state.variables, parameters), seen)
-            return evidence.cross_entropy(outputs.logits, targets), outputs
+            return _loss(outputs.logits, labels, config.label_smoothing), outputs
 
         (value, outputs), gradient = jax.value_and_grad(loss, has_aux=True)(before)
         updates, optimiser_state = optimiser.update(gradient, state.optimiser, before)
-        learned = evidence.with_parameters(state.variables, optax.apply_updates(before, updates))
-        variables = with_statistics(
-            net, learned, outputs.moments, seen.shape, config.statistics_momentum
-        )
-        accuracy = (outputs.logits.argmax(-1) == labels).mean()
+        now = optax.apply_updates(before, updates)
+        variables: Variables = evidence.with_parameters(state.variables, now)
+        if not frozen:
+            variables = with_statistics(
+                net, variables, outputs.moments, seen.shape, config.statistics_momentum
+            )
+        accuracy = _right(outputs.logits, labels).mean()
         return State(variables, optimiser_state, state.step + 1), Info(value, accuracy)
 
     return step
+
+
+def normalised(net: Net, images: Array, dtype: DTypeLike = "float32") -> Array:
+    """Bytes of any size as the network takes them."""
+    resized = image.resize_bytes(images, net.preprocessing.size)
+    return image.from_bytes(resized, net.preprocessing, dtype)
+
+
+def _loss(logits: Array, labels: Array, smoothing: float) -> Array:
+    """Cross-entropy of softmax and classes (B,), or of sigmoid and attributes (B, K); the mean."""
+    if labels.ndim == 1:
+        classes = logits.shape[-1]
+        targets = (1 - smoothing) * jax.nn.one_hot(labels, classes) + smoothing / classes
+        return evidence.cross_entropy(logits, targets)
+    targets = (1 - smoothing) * labels + smoothing / 2
+    return optax.sigmoid_binary_cross_entropy(logits, targets).mean()
+
+
+def _right(logits: Array, labels: Array) -> Array:
+    """Whether the image is given its class (B,), or each attribute is right (B, K)."""
+    return logits.argmax(-1) == labels if labels.ndim == 1 else (logits > 0) == labels
 
 
 def augment(key: Array, images: Array, config: Config) -> Array:
@@ -271,7 +334,7 @@ def run(
       net: the network, with the weights to begin with.
       config: of the training.
       key: of the run.
-      dataset: images of the size that the network takes, gray or of its channels.
+      dataset: images, gray or of the network's channels; brought to its size on the device.
       mesh: of the devices that share a batch, see `batch_mesh`.
       state: to go on from; taken over. See `abstract_state`.
       callback: called at least once an epoch, and every `CHUNK` steps. The state can be read until
@@ -286,7 +349,7 @@ def run(
     per_epoch = len(dataset) // config.batch
     optimiser = make_optimiser(config, config.epochs * per_epoch)
     if state is None:
-        state = parallel.put(mesh, PartitionSpec(), init(net, optimiser))
+        state = parallel.put(mesh, PartitionSpec(), init(net, optimiser, config.learns))
     order_key, step_key = jax.random.split(key)
     done = int(parallel.fetch(state.step))
     order = batches(order_key, len(dataset), config.batch, done)
@@ -324,17 +387,16 @@ def abstract_state(net: Net, config: Config, mesh: Mesh) -> State:
     everywhere = NamedSharding(mesh, PartitionSpec())
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
-        jax.eval_shape(lambda: init(net, make_optimiser(config, 1))),
+        jax.eval_shape(lambda: init(net, make_optimiser(config, 1), config.learns)),
     )
 
 
 def make_accuracy(net: Net, mesh: Mesh, batch: int) -> Callable[[Variables, Dataset], float]:
-    """A compiled `(variables, dataset) -> share of the images that are given their class`."""
+    """A compiled `(variables, dataset) -> accuracy`, see `Info`."""
 
     @jax.jit
     def right(variables: Variables, images: Array, labels: Array) -> Array:
-        logits = net.apply(variables, image.from_bytes(images, net.preprocessing)).logits
-        return (logits.argmax(-1) == labels).sum()
+        return _right(net.apply(variables, normalised(net, images)).logits, labels).sum()
 
     def accuracy(variables: Variables, dataset: Dataset) -> float:
         count = 0
@@ -343,10 +405,11 @@ def make_accuracy(net: Net, mesh: Mesh, batch: int) -> Callable[[Variables, Data
             labels = dataset.labels[start : start + batch]
             missing = batch - len(images)  # the last batch runs the same program
             images = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))
-            labels = np.pad(labels, (0, missing), constant_values=-1)
+            rest = ((0, 0),) * (labels.ndim - 1)
+            labels = np.pad(labels, ((0, missing), *rest), constant_values=-1)
             count += int(
                 parallel.fetch(right(variables, *parallel.put(mesh, _BATCH, (images, labels))))
             )
-        return count / len(dataset)
+        return count / dataset.labels.size
 
     return accuracy

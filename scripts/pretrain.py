@@ -6,6 +6,10 @@
     python scripts/pretrain.py --config ... --out ... --resume
 
 Every key of the config can be overridden on the command line (`--config F --help` lists them).
+With `weights` in the config the network begins with them and gets a new last layer; with `head`
+this layer is trained alone first, and `training.learns: all_but_batch_norm` leaves BatchNorm as it
+was (configs/pretrain_efficientnet_b0_cifar100.yaml).
+
 A checkpoint is saved after every epoch, and on Ctrl-C or SIGTERM; --resume goes on to the very same
 weights. A finished run is replaced only with --overwrite.
 
@@ -14,16 +18,20 @@ line), curves.svg, metrics.csv (loss and accuracy of every batch), scores.csv (t
 every epoch) and, last of all, summary.json:
 
     model             name of the network in the zoo
+    weights           what it began with; this and the next only if it began with some
+    head_epochs       done with the last layer alone
     data              as in the config
     classes           names
     preprocessing     size, mean, std, pixel_range: what makes an image normalised; the mean and
-                      deviation of the training images
+                      deviation of the training images, or what the given weights want
     device            kind and number of the devices
-    epochs, steps     done
+    epochs            done, without those of the head
+    steps             done, of both
     images            number of training images
     test_images       number of test images
-    test_accuracy     share of the test images that are given their class
-    train_accuracy    share of the training images, augmented, during the last epoch
+    test_accuracy     share of the test images that are given their class; where labels are
+                      attributes, share of these that is right
+    train_accuracy    the same of the training images, augmented, during the last epoch
     train_loss        mean cross-entropy during the last epoch
     seconds           from start to finish, of all sessions of a resumed run
     seconds_per_step  without compilation

@@ -167,6 +167,15 @@ def test_call_arguments_reach_the_network(make: Make) -> None:
     np.testing.assert_allclose(make(model, scale=3.0)(batch()).logits, logits, rtol=1e-4, atol=1e-5)
 
 
+def test_the_head_is_the_last_linear_layer_called() -> None:
+    """Not the last by name; in Linen among the parameters."""
+    assert from_nnx(own_model()).head == ("a_head",)
+    assert from_linen(own_model()).head == ("params", "a_head")
+    lenet = models.load("lenet", None)
+    assert lenet.head == ("fc", 0)
+    assert lenet.variables["fc"][0].keys() == {"weight", "bias"}
+
+
 @BOTH
 def test_running_moments_are_in_the_order_of_moments(make: Make) -> None:
     model = own_model()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import functools
 import hashlib
 import json
@@ -15,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import yaml
@@ -254,13 +256,149 @@ def test_splits_must_go_together(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "a, c are not those of the training images: a, b" in capsys.readouterr().err
 
 
-def test_attributes_are_no_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    images, labels = np.zeros((9, 8, 8), np.uint8), np.eye(9, 3, dtype=np.uint8)
+def test_attributes_are_learned(tmp_path: Path) -> None:
+    """Whether an image is bright, and dark: labels (N, 2)."""
+    rng = np.random.default_rng(0)
+    bright = rng.integers(0, 2, 48)
+    images = (rng.integers(0, 60, (48, 8, 8)) + 150 * bright[:, None, None]).astype(np.uint8)
     for split in ("train", "test"):
-        np.savez(tmp_path / f"{split}.npz", images=images, labels=labels)
-    path = write(tmp_path, {"data": {"format": "arrays", "folder": str(tmp_path)}})
+        labels = np.stack([bright, 1 - bright], 1)
+        np.savez(tmp_path / f"{split}.npz", images=images, labels=labels, classes=["on", "off"])
+    change = {"data": {"format": "arrays", "folder": str(tmp_path)}}
+    assert run("--config", write(tmp_path, change), "--out", tmp_path / "out") == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["classes"] == ["on", "off"]
+    assert summary["train_loss"] < np.log(2)
+    assert summary["test_accuracy"] > 0.8
+
+
+# --- transfer ------------------------------------------------------------------------------------
+
+TRANSFER = {
+    "head": {"epochs": 2, "batch": 6, "warmup": 0, "lr": 0.05},
+    "training": {"epochs": 1, "batch": 8, "lr": 0.01, "learns": "all_but_batch_norm"},
+}
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Gray 8 px images of two classes: two epochs of five batches and one of four."""
+    folder = tmp_path_factory.mktemp("other")
+    rng = np.random.default_rng(5)
+    labels = np.arange(34) % 2
+    images = (rng.integers(0, 60, (34, 8, 8)) + 150 * labels[:, None, None]).astype(np.uint8)
+    for split in ("train", "test"):
+        np.savez(folder / f"{split}.npz", images=images, labels=labels, classes=["dark", "bright"])
+    return folder
+
+
+def transfer(folder: Path, weights: Path | None, **change: Any) -> Path:
+    data = {"format": "arrays", "folder": str(folder)}
+    told = None if weights is None else str(weights)
+    return write(folder, {"weights": told, "data": data, **TRANSFER, **change})
+
+
+@pytest.fixture(scope="module")
+def transferred(other: Path, finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("transferred") / "out"
+    assert run("--config", transfer(other, finished), "--out", out) == 0
+    return out
+
+
+def test_transfer_keeps_norms_and_preprocessing(finished: Path, transferred: Path) -> None:
+    before, after = (
+        weights_convert.read(folder / "weights.safetensors") for folder in (finished, transferred)
+    )
+    assert before.keys() == after.keys()
+    assert after["linear.weight"].shape == (2, 8)
+    for name, value in before.items():
+        if not name.startswith("linear"):
+            norm = ".bn" in f".{name}" or "shortcut.1." in name
+            assert np.array_equal(value, after[name]) == norm, name
+    told, old = (json.loads((f / "summary.json").read_text()) for f in (transferred, finished))
+    assert set(told) == SUMMARY_KEYS | {"weights", "head_epochs"}
+    assert told["preprocessing"] == old["preprocessing"]
+    assert told["classes"] == ["dark", "bright"]
+    assert told["weights"] == str(finished)
+    assert [told[key] for key in ("head_epochs", "epochs", "steps")] == [2, 1, 14]
+    rows = list(csv.DictReader((transferred / "metrics.csv").open()))
+    assert [int(row["step"]) for row in rows] == list(range(14))
+    scores = list(csv.DictReader((transferred / "scores.csv").open()))
+    assert [int(row["step"]) for row in scores] == [5, 10, 14]
+    assert pretraining.load(transferred).classes == 2
+
+
+def test_the_new_head_is_random_and_the_rest_is_not(other: Path, finished: Path) -> None:
+    recipe = configs.build(pretraining.Recipe, configs.read_yaml(transfer(other, finished)))
+    source = pretraining.load(finished)
+    found = [
+        pretraining.prepare(dataclasses.replace(recipe, seed=seed)).net.variables
+        for seed in (0, 0, 1)
+    ]
+    heads = [np.asarray(variables["linear"]["weight"]) for variables in found]
+    np.testing.assert_array_equal(heads[0], heads[1])
+    assert not np.array_equal(heads[0], heads[2])
+    for name in set(source.variables) - {"linear"}:
+        jax.tree.map(np.testing.assert_array_equal, found[0][name], source.variables[name])
+
+
+def test_a_file_of_any_number_of_classes(other: Path, finished: Path) -> None:
+    """Normalised and sized as the zoo says: images of 8 px are brought to 32."""
+    path = transfer(other, finished / "weights.safetensors")
+    prepared = pretraining.prepare(configs.build(pretraining.Recipe, configs.read_yaml(path)))
+    assert prepared.net.preprocessing == registry.CIFAR10
+    assert prepared.net.classes == 2
+    assert prepared.train.images.shape[1:] == (8, 8, 1)
+
+
+@pytest.mark.parametrize(("asked", "step"), [(2, 4), (3, 5), (6, 10), (7, 10), (8, 12)])
+def test_transfer_stopped_and_resumed_equals_uninterrupted(
+    tmp_path: Path,
+    other: Path,
+    finished: Path,
+    transferred: Path,
+    asked: int,
+    step: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the head's training, at the end of an epoch and of the phase, between, in the next."""
+    monkeypatch.setattr(training, "CHUNK", 2)
+    out, told, path = tmp_path / "out", [], transfer(other, finished)
+
+    def heard(self: session.Signals) -> bool:
+        told.append(True)
+        return len(told) >= asked
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session.Signals, "__call__", heard)
+        assert run("--config", path, "--out", out) == 143
+    assert (out / "checkpoints" / str(step)).is_dir()
+    assert run("--config", path, "--out", out, "--resume") == 0
+    for file in ("weights.safetensors", "metrics.csv", "scores.csv"):
+        assert (out / file).read_bytes() == (transferred / file).read_bytes(), file
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weights": None}, "head trains the last layer of a network with weights"),
+        ({"model": "resnet20_cifar"}, "holds a small, not a resnet20_cifar"),
+        ({"weights": Path("/nowhere.pth")}, "/nowhere.pth"),
+        ({"weights": Path("package")}, "no package holds weights of small"),
+        ({"head": {"batch": 35}}, "34 images fill no batch of 35"),
+    ],
+)
+def test_transfers_that_cannot_be(
+    tmp_path: Path,
+    other: Path,
+    finished: Path,
+    change: dict[str, Any],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = transfer(other, **{"weights": finished, **change})
     assert run("--config", path, "--out", tmp_path / "out") == 2
-    assert "labels are attributes" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_loss_that_explodes_ends_the_run(

@@ -115,6 +115,135 @@ def test_steps_equal_torch(net: Net, name: str) -> None:
     assert found["layer2.0.shortcut.1.num_batches_tracked"] == steps
 
 
+def differing(before: Any, after: Any) -> set[str]:
+    """Torch's names of the tensors that are not bit-equal."""
+    states = [weights_convert.from_flax(jax.device_get(tree)) for tree in (before, after)]
+    assert states[0].keys() == states[1].keys()
+    return {name for name, value in states[0].items() if not np.array_equal(value, states[1][name])}
+
+
+def test_only_the_head_learns(net: Net) -> None:
+    state = train(net, dataclasses.replace(CONFIG, learns="head"), dataset())
+    assert differing(net.variables, state.variables) == {"linear.weight", "linear.bias"}
+
+
+def test_all_but_batch_norm_learns(net: Net) -> None:
+    """Its parameters, statistics and counters are bit-equal; everything else has moved."""
+    state = train(net, dataclasses.replace(CONFIG, learns="all_but_batch_norm"), dataset())
+    names = set(weights_convert.from_flax(net.variables))
+    norms = {name for name in names if ".bn" in f".{name}" or ".shortcut.1." in name}
+    assert len(norms) == 6 * 5
+    assert differing(net.variables, state.variables) == names - norms
+
+
+@pytest.mark.parametrize("make", [test_net.from_nnx, test_net.from_linen])
+def test_what_learns_in_any_network(make: test_net.Make) -> None:
+    own = make(test_net.own_model())
+
+    def layers(learns: training.Learns) -> dict[str, int]:
+        tree = training.learned(own, own.variables, learns)
+        return {name: len(layer) for name, layer in tree.get("params", tree).items()}
+
+    rest = {"z_conv": 2, "d_conv": 2, "c_hidden": 2, "a_head": 2}
+    assert layers("all") == {**rest, "y_norm": 2, "m_norm": 2}
+    assert layers("all_but_batch_norm") == rest
+    assert layers("head") == {"a_head": 2}
+
+
+def test_without_a_head_it_cannot_learn(net: Net) -> None:
+    with pytest.raises(ValueError, match="has no head"):
+        training.learned(dataclasses.replace(net, head=None), net.variables, "head")
+
+
+@pytest.mark.parametrize("learns", ["head", "all_but_batch_norm"])
+def test_steps_with_frozen_norms_equal_torch(net: Net, learns: training.Learns) -> None:
+    """Three steps of a torch loop in eval mode, whose optimiser knows only what learns."""
+    torch = pytest.importorskip("torch")
+    import torch_peers
+
+    config = Config(learns=learns, weight_decay=1e-2, warmup=2)
+    data, steps = dataset(), 3
+    rng = np.random.default_rng(0)
+    # Running statistics that are not those of a new network.
+    start = {
+        key: value + rng.uniform(0, 0.5, value.shape) if ".running" in key else value
+        for key, value in weights_convert.from_flax(net.variables).items()
+    }
+    peer = torch_peers.CifarResNet((1, 1), (4, 8), "B", classes=5).double().eval()
+    peer.load_state_dict({key: torch.tensor(value) for key, value in start.items()})
+    norms = [m for m in peer.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    frozen = {id(p) for norm in norms for p in norm.parameters()}
+    chosen = [p for p in peer.parameters() if id(p) not in frozen]
+    if learns == "head":
+        chosen = list(peer.linear.parameters())
+    theirs = torch.optim.SGD(chosen, 0.1, momentum=0.9, nesterov=True, weight_decay=1e-2)
+    schedule = optimise.warm_cosine(config.lr, config.warmup, steps, config.lr_floor)
+
+    def double(leaf: Any) -> jax.ShapeDtypeStruct:
+        real = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return jax.ShapeDtypeStruct(leaf.shape, np.float64 if real else leaf.dtype)
+
+    with jax.enable_x64(True):
+        ours = training.make_optimiser(config, steps)
+        variables = weights_convert.to_flax(start, jax.tree.map(double, net.variables))
+        state = training.init(dataclasses.replace(net, variables=variables), ours, learns)
+        step = jax.jit(training.make_step(net, config, ours))
+        for i in range(steps):
+            part = slice(5 * i, 5 * i + 5)
+            state, info = step(jax.random.key(0), state, data.images[part], data.labels[part])
+            for group in theirs.param_groups:
+                group["lr"] = float(schedule(jnp.asarray(i, jnp.int32)))
+            pixels = (data.images[part] / 255 - np.array(SPACE.mean)) / np.array(SPACE.std)
+            logits = peer(torch.tensor(pixels.transpose(0, 3, 1, 2).copy()))
+            targets = torch.tensor(data.labels[part], dtype=torch.int64)
+            loss = torch.nn.functional.cross_entropy(logits, targets)
+            peer.zero_grad()
+            loss.backward()
+            theirs.step()
+            assert float(info.loss) == pytest.approx(loss.item(), rel=1e-6)
+        found = weights_convert.from_flax(jax.device_get(state.variables))
+    for key, value in peer.state_dict().items():
+        np.testing.assert_allclose(found[key], value.numpy(), rtol=1e-9, atol=1e-12, err_msg=key)
+    assert not np.allclose(found["linear.weight"], start["linear.weight"], rtol=1e-3)
+
+
+def test_attributes_equal_torch(net: Net) -> None:
+    """Sigmoid cross-entropy and the share of attributes that are right; also of held-out images."""
+    torch = pytest.importorskip("torch")
+
+    marks = np.random.default_rng(0).integers(0, 2, (10, 5), np.int32)
+    data = Dataset(dataset(10).images, marks, CLASSES)
+    images = image.from_bytes(data.images, SPACE)
+    logits = torch.tensor(np.asarray(jax.jit(net.apply)(net.variables, images).logits))
+    targets = torch.tensor(marks, dtype=torch.float32)
+    right = ((logits > 0) == (targets > 0)).double().mean().item()
+    for smoothing in (0.0, 0.2):
+        config = Config(learns="head", label_smoothing=smoothing)
+        ours = training.make_optimiser(config, 1)
+        step = jax.jit(training.make_step(net, config, ours))
+        state = training.init(net, ours, "head")
+        _, info = step(jax.random.key(0), state, data.images, data.labels)
+        smooth = targets * (1 - smoothing) + smoothing / 2
+        expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, smooth)
+        assert float(info.loss) == pytest.approx(expected.item(), rel=1e-5)
+        assert float(info.accuracy) == pytest.approx(right)
+    accuracy = training.make_accuracy(net, training.batch_mesh(4), 4)
+    assert accuracy(net.variables, data) == pytest.approx(right)
+
+
+def test_images_are_brought_to_the_networks_size(net: Net) -> None:
+    """On the device; training and accuracy are those of images that were resized before."""
+    small = dataset(9, size=8)
+    resized = dataclasses.replace(small, images=np.asarray(image.resize_bytes(small.images, 12)))
+    assert resized.images.shape == (9, 12, 12, 3)
+    config = Config(epochs=1, batch=4, warmup=1)
+    one, other = train(net, config, small), train(net, config, resized)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    accuracy = training.make_accuracy(net, training.batch_mesh(4), 4)
+    assert accuracy(one.variables, small) == accuracy(one.variables, resized)
+
+
 @pytest.mark.parametrize("make", [test_net.from_nnx, test_net.from_linen])
 def test_running_statistics_of_any_network(make: test_net.Make) -> None:
     """r <- 0.9 r + 0.1 b with n / (n - 1) times the biased variance; twice for a shared layer."""
@@ -291,6 +420,7 @@ def test_a_loss_that_is_not_finite_is_told(net: Net) -> None:
         ({"label_smoothing": 1.0}, "label_smoothing"),
         ({"momentum": 0.0}, "nesterov"),
         ({"statistics_momentum": 0.0}, "statistics_momentum"),
+        ({"learns": "tail"}, "learns is one of all, head, all_but_batch_norm"),
     ],
 )
 def test_configs_that_make_no_sense(change: dict[str, Any], message: str) -> None:

@@ -160,11 +160,11 @@ def blocks(
     resized = images_size if images_size not in (None, 0, *_square(dataset.images)) else None
 
     def program(variables: Variables, images: Array) -> tuple[Array, Array | None]:
-        seen = _resized(images, net.preprocessing.size, interpolation)
+        seen = image.resize_bytes(images, net.preprocessing.size, interpolation)
         normalised = image.from_bytes(seen, net.preprocessing).astype(dtype)
         outputs = net.apply(variables, normalised)
         assert outputs.features is not None
-        kept = _resized(images, resized, interpolation) if resized else None
+        kept = image.resize_bytes(images, resized, interpolation) if resized else None
         return outputs.features.astype(jnp.float32), kept
 
     began = time.perf_counter()
@@ -221,18 +221,6 @@ def _square(images: np.ndarray) -> tuple[int, ...]:
     """The side of square images."""
     _, height, width, _ = images.shape
     return (height,) if height == width else ()
-
-
-def _resized(images: Array, size: int, interpolation: Interpolation) -> Array:
-    """Bytes (B, H, W, C) to bytes (B, size, size, C), in Pillow's two passes: rows, then columns.
-
-    Bicubic overshoots at edges; what is outside of bytes is cut off after each pass.
-    """
-    for shape in ((images.shape[1], size), (size, size)):
-        if images.shape[1:3] != shape:
-            values = image.resize(images.astype(jnp.float32), shape, interpolation)
-            images = jnp.floor(jnp.clip(values, 0, 255) + 0.5).astype(jnp.uint8)
-    return images
 
 
 class Writer:
