@@ -314,6 +314,21 @@ def test_a_writer_drops_what_lies_behind_its_start(tmp_path: Path, net: Net) -> 
             writer.add(parts[start // 4])
 
 
+def test_a_writer_does_not_finish_what_is_not_there(tmp_path: Path, net: Net) -> None:
+    parts = list(features.blocks(net, dataset(11), batch=4, mesh=MESH))
+    with features.Writer(tmp_path / "f", 11) as writer:
+        writer.add(parts[0])
+        with pytest.raises(ValueError, match=r"features\.npy is missing or damaged: .*file size"):
+            writer.finish(("a", "b", "c"), "tiny")
+    (tmp_path / "f.partial" / "features.npy").unlink()
+    with (
+        features.Writer(tmp_path / "f", 11, 11) as writer,
+        pytest.raises(ValueError, match=r"features\.npy is missing"),
+    ):
+        writer.finish(("a", "b", "c"), "tiny")
+    assert not (tmp_path / "f").exists()
+
+
 # --- the command ---------------------------------------------------------------------------------
 
 

@@ -286,11 +286,11 @@ class Writer:
             os.fsync(file.fileno())
 
     def finish(self, classes: tuple[str, ...], network: str) -> None:
-        """Write features.json and give the folder its name."""
+        """Write features.json and give the folder its name; ValueError if files lack something."""
         self.flush()
         files = {}
         for path in (self._partial / name for name in ARRAYS):
-            if path.exists():
+            if path.exists() or path.name != "images.npy":
                 array = _mapped(path)
                 files[path.name] = _entry(array.shape, array.dtype) | {"sha256": _sha256(path)}
         described = _described(classes, network, files)
