@@ -231,7 +231,8 @@ def privacy(noise_multiplier: float, delta: float, rounds: int = 1, sampling: fl
     Otherwise an upper bound that is close, by dp-accounting's PLD accountant.
 
     Args:
-      noise_multiplier: sigma; 0 gives an infinite epsilon.
+      noise_multiplier: sigma; 0 gives an infinite epsilon, unless it is no more probable than delta
+        that the client takes part at all.
       delta: probability, between 0 and 1.
       rounds: how many updates a client may have sent.
       sampling: probability that a client takes part in a round (Poisson sampling). Counts only
@@ -244,7 +245,7 @@ def privacy(noise_multiplier: float, delta: float, rounds: int = 1, sampling: fl
     if not 0 <= noise_multiplier < math.inf:
         raise ValueError(f"noise_multiplier cannot be {noise_multiplier}")
     if noise_multiplier == 0:
-        return math.inf
+        return 0.0 if _rarely(delta, rounds, sampling) else math.inf
     if sampling < 1:
         return _sampled(noise_multiplier, delta, rounds, sampling)
     s = noise_multiplier / math.sqrt(rounds)
@@ -255,11 +256,16 @@ def privacy(noise_multiplier: float, delta: float, rounds: int = 1, sampling: fl
 
 
 def calibrated_noise(epsilon: float, delta: float, rounds: int = 1, sampling: float = 1.0) -> float:
-    """The least noise multiplier with which `privacy` is at most `epsilon`; same arguments."""
+    """The least noise multiplier with which `privacy` is at most `epsilon`; same arguments.
+
+    Raises:
+      ImportError: sampling below 1 without dp-accounting (the `privacy` extra).
+      ValueError: an epsilon below what the accountant resolves.
+    """
     _check(delta, rounds, sampling)
     if not epsilon > 0:
         raise ValueError(f"epsilon must be positive, not {epsilon}")
-    if epsilon == math.inf:
+    if epsilon == math.inf or _rarely(delta, rounds, sampling):
         return 0.0
     # Enough without sampling, which never costs privacy; twice, since the accountant rounds up.
     tail = math.sqrt(-2 * math.log(delta))
@@ -268,6 +274,8 @@ def calibrated_noise(epsilon: float, delta: float, rounds: int = 1, sampling: fl
     def excess(noise_multiplier: float) -> float:
         return privacy(noise_multiplier, delta, rounds, sampling) - epsilon
 
+    if excess(most) > 0:
+        raise ValueError(f"epsilon {epsilon:g} at delta {delta:g} is too small to account for")
     while excess(least := most / 2) <= 0:
         most = least
     tolerance = 1e-6
@@ -282,6 +290,11 @@ def _check(delta: float, rounds: int, sampling: float) -> None:
         raise ValueError(f"there is at least one round, not {rounds}")
     if not 0 < sampling <= 1:
         raise ValueError(f"sampling is a probability above 0 and up to 1, not {sampling}")
+
+
+def _rarely(delta: float, rounds: int, sampling: float) -> bool:
+    """Whether a client takes part in any round with probability delta at most."""
+    return 1 - (1 - sampling) ** rounds <= delta
 
 
 def _gaussian_delta(epsilon: float, s: float) -> float:

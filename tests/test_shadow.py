@@ -282,6 +282,15 @@ def test_configs_that_make_no_sense_are_refused(settings: dict[str, Any], words:
 
 
 def test_private_settings_are_checked() -> None:
-    for settings in ((-1.0, 1.0), (1.0, 0.0), (1.0, 1.0, 0.0)):
-        with pytest.raises(ValueError, match=r"must be|is a probability"):
+    for settings, words in (
+        ((-1.0, 1.0), "noise_multiplier must be at least 0"),
+        ((1.0, 0.0), "l2_norm_clip must be positive"),
+        ((1.0, 1.0, 0.0), "is a probability"),
+        ((None, 1.0, None, 0.0), "target_epsilon must be positive"),
+        ((None, 1.0), "exactly one of the two"),
+        ((1.0, 1.0, None, 5.0), "exactly one of the two"),
+    ):
+        with pytest.raises(ValueError, match=words):
             Privacy(*settings)
+    with pytest.raises(ValueError, match="noise for epsilon 5 is not known yet"):
+        make_train(Config(privacy=Privacy(None, 1.0, target_epsilon=5.0)))

@@ -22,20 +22,47 @@ class Privacy:
 
     Attributes:
       noise_multiplier: sigma: the sum of clipped gradients gets noise of standard deviation
-        sigma * l2_norm_clip in every coordinate.
+        sigma * l2_norm_clip in every coordinate. None: what `target_epsilon` takes.
       l2_norm_clip: largest norm of an example's gradient over all parameters.
       sampling: q, probability of an example to take part in a step; None for 1 - 1/N, the paper's.
+      target_epsilon: instead of noise_multiplier; `jinv.shadow.privacy.resolved` finds the noise.
     """
 
-    noise_multiplier: float
+    noise_multiplier: float | None
     l2_norm_clip: float
     sampling: float | None = None
+    target_epsilon: float | None = None
 
     def __post_init__(self) -> None:
-        if self.noise_multiplier < 0 or self.l2_norm_clip <= 0:
-            raise ValueError("noise_multiplier must be at least 0 and l2_norm_clip positive")
+        if (self.noise_multiplier is None) == (self.target_epsilon is None):
+            raise ValueError("set noise_multiplier or target_epsilon: exactly one of the two")
+        if self.noise_multiplier is not None and not self.noise_multiplier >= 0:
+            raise ValueError(f"noise_multiplier must be at least 0, not {self.noise_multiplier}")
+        if self.target_epsilon is not None and not self.target_epsilon > 0:
+            raise ValueError(f"target_epsilon must be positive, not {self.target_epsilon}")
+        if not self.l2_norm_clip > 0:
+            raise ValueError(f"l2_norm_clip must be positive, not {self.l2_norm_clip}")
         if self.sampling is not None and not 0 < self.sampling <= 1:
             raise ValueError(f"sampling is a probability above 0, not {self.sampling}")
+
+    @property
+    def sigma(self) -> float:
+        """noise_multiplier, which has to be known.
+
+        Raises:
+          ValueError: it is not.
+        """
+        if self.noise_multiplier is None:
+            raise ValueError(
+                f"the noise for epsilon {self.target_epsilon:g} is not known yet: take "
+                "`jinv.shadow.privacy.resolved(config, examples)`"
+            )
+        return self.noise_multiplier
+
+    @property
+    def deviation(self) -> float:
+        """sigma * l2_norm_clip: of the noise in every coordinate of the sum."""
+        return self.sigma * self.l2_norm_clip
 
     def probability(self, examples: int) -> float:
         """q for a set of so many examples."""

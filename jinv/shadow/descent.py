@@ -69,6 +69,5 @@ def normal_like(key: Array, tree: Parameters) -> Parameters:
 
 def noised(privacy: Privacy, total: Parameters, normal: Parameters, examples: int) -> Parameters:
     """The private gradient: (sum of clipped gradients + noise) / expected examples."""
-    deviation = privacy.noise_multiplier * privacy.l2_norm_clip
     expected = privacy.probability(examples) * examples
-    return jax.tree.map(lambda g, n: (g + deviation * n) / expected, total, normal)
+    return jax.tree.map(lambda g, n: (g + privacy.deviation * n) / expected, total, normal)

@@ -87,9 +87,8 @@ def _private(
         examples, width = features.shape
         init_key, order_key, noise_key = jax.random.split(key, 3)
         steps = config.steps(examples)
-        noise = privacy.noise_multiplier * privacy.l2_norm_clip
         scale = orthogonal_scale(
-            optimiser, steps, std, noise / (privacy.probability(examples) * examples)
+            optimiser, steps, std, privacy.deviation / (privacy.probability(examples) * examples)
         )
 
         start = head.init(init_key, width)

@@ -29,8 +29,11 @@ def make_train(
       optimiser: any of optax's instead of the config's. It takes the ordinary path.
 
     Raises:
-      ValueError: the row-space path is asked for where it would be another training.
+      ValueError: the row-space path is asked for where it would be another training, or the noise
+        of `Privacy.target_epsilon` is not known yet.
     """
+    if config.privacy is not None:
+        _ = config.privacy.sigma  # Raises here, not when the first model is traced.
     head = head or make_head(config)
     reason = unsuitable(config, head, optimiser)
     if config.path == "row_space" and reason:
