@@ -35,6 +35,7 @@ bench: $(INSTALLED_DEV)  ## Time our steps against PyTorch's.
 	$(BIN)/python scripts/benchmark.py inversion --out out/benchmark_inversion.json
 	$(BIN)/python scripts/benchmark.py ensemble --out out/benchmark_ensemble.json
 	$(BIN)/python scripts/benchmark.py gradients --out out/benchmark_gradients.json
+	$(BIN)/python scripts/benchmark.py shadow --out out/benchmark_shadow.json
 
 lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check .
@@ -56,11 +57,11 @@ $(INSTALLED): pyproject.toml | $(BIN)/python
 	$(BIN)/pip install --quiet --no-deps $(MOBILENET_V2)
 	touch $@
 
-# torch, torchvision and lpips are the tests' references; --no-deps keeps CUDA packages away.
+# torch, torchvision, lpips and opacus are the tests' references; --no-deps keeps CUDA packages away.
 # lpips also holds LPIPS's linear heads.
 $(INSTALLED_DEV): $(INSTALLED)
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --no-deps torchvision==0.28.0 lpips==0.1.4
+	$(BIN)/pip install --quiet --no-deps torchvision==0.28.0 lpips==0.1.4 opacus==1.6.0
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 

@@ -159,6 +159,37 @@ def test_training_equals_a_torch_loop(settings: dict[str, Any]) -> None:
     assert difference(found.parameters, expected) < 1e-9
 
 
+@pytest.mark.filterwarnings("ignore")  # opacus' own
+def test_clipped_gradients_equal_those_of_opacus() -> None:
+    torch, opacus = pytest.importorskip("torch"), pytest.importorskip("opacus")
+    config = Config(lr=1.0, weight_decay=0.0, epochs=1, privacy=Privacy(0.0, 0.5, sampling=1.0))
+    features, labels = problem()
+    network = torch_head(config, features.shape[1]).double()
+    with jax.enable_x64(True):
+        initial = make_head(config).init(jax.random.split(KEY, 3)[0], features.shape[1])
+        plain = dataclasses.replace(config, path="ordinary")
+        found = make_train(plain)(KEY, jnp.asarray(features), jnp.asarray(labels)).parameters
+        step = {name: np.asarray(initial[name] - found[name]) for name in found}
+    for p, value in zip(network.parameters(), (initial["weight"], initial["bias"]), strict=True):
+        p.data = torch.tensor(np.asarray(value))
+    data = torch.utils.data.TensorDataset(torch.tensor(features), torch.tensor(labels))
+    network, optimiser, loader = opacus.PrivacyEngine().make_private(
+        module=network,
+        optimizer=torch.optim.SGD(network.parameters(), lr=1.0),
+        data_loader=torch.utils.data.DataLoader(data, batch_size=len(features)),
+        noise_multiplier=0.0,
+        max_grad_norm=0.5,
+        poisson_sampling=False,
+    )
+    for x, y in loader:
+        torch.nn.functional.cross_entropy(network(x), y).backward()
+        optimiser.pre_step()
+    gradients = [p.grad.numpy() for p in network.parameters()]
+    # opacus adds 1e-6 to every norm.
+    assert difference(step, dict(zip(("weight", "bias"), gradients, strict=True))) < 1e-6
+    assert np.linalg.norm(gradients[0]) < 0.5  # the mean of ten that were clipped to 0.5
+
+
 @pytest.mark.parametrize("path", ["ordinary", "row_space"])
 def test_clipping_is_the_same_on_both_paths(path: Any) -> None:
     """Without noise, all examples taking part, from zero weights: no randomness is left."""
@@ -232,7 +263,8 @@ def test_features_factorise_also_where_they_are_not_independent() -> None:
     features = np.random.default_rng(0).normal(size=(5, 12))
     features[3] = features[1]
     with jax.enable_x64(True):
-        coordinates, basis = rowspace.factorise(jnp.asarray(features))
+        coordinates, mixing = rowspace.factorise(jnp.asarray(features @ features.T))
+        basis = mixing.T @ features
         np.testing.assert_allclose(coordinates @ basis, features, atol=1e-7)
         products = np.asarray(basis @ basis.T)
     np.testing.assert_allclose(products, np.diag([0, 1, 1, 1, 1]), atol=1e-7)
