@@ -17,9 +17,11 @@ T = TypeVar("T")
 
 
 def flags(
-    description: str, arguments: Sequence[str] | None = None
+    description: str,
+    arguments: Sequence[str] | None = None,
+    more: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
 ) -> tuple[argparse.Namespace, list[str]]:
-    """The common flags, and what is left of the command line: overrides of the config.
+    """The common flags and `more`, and what is left of the command line: overrides of the config.
 
     Leaves the program where help is asked for without a config, or a flag is missing.
     """
@@ -35,6 +37,7 @@ def flags(
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
     parser.add_argument("--processes", type=int, metavar="N", help="how many run this command")
     parser.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0")
+    more(parser)
     args, rest = parser.parse_known_args(arguments)
     wants_help = {"-h", "--help"} & set(rest)
     if args.config is None:

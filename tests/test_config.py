@@ -8,7 +8,9 @@ from typing import Literal
 
 import pytest
 
-from jinv import config
+from conftest import ROOT
+from jinv import config, extraction, inversion, leakage, pretraining, study
+from jinv.shadow import production
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,3 +81,26 @@ def test_differences_name_nested_keys() -> None:
         "inner.kind ('a' against 'b')",
     ]
     assert config.differences(left, left) == []
+
+
+RECIPES = {
+    "pretrain": lambda tree: config.build(pretraining.Recipe, tree),
+    "features": lambda tree: config.build(extraction.Recipe, tree),
+    "shadow": lambda tree: config.build(production.Recipe, tree),
+    "gradients": leakage.recipe_from,
+}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_config_reads_and_says_what_it_reproduces(path: Path) -> None:
+    tree = config.read_yaml(path)
+    variants = tree.pop("variants", {})
+    recipe_from = RECIPES.get(path.stem.split("_")[0], inversion.recipe_from)
+    recipe = recipe_from(tree)
+    if recipe_from in (leakage.recipe_from, inversion.recipe_from):
+        assert study.runs(recipe, variants, recipe_from)
+    header = path.read_text().split("\n#\n")[1]
+    for word in ("# Paper:  ", "\n# Command: ", "\n# Hardware: ", "\n# Expected: "):
+        assert word in header
+    assert "MINUTES" not in header
+    assert "EXPECTED" not in header

@@ -18,7 +18,6 @@ from PIL import Image
 import test_pretrain
 import tiny
 from conftest import ROOT
-from jinv import config as configs
 from jinv import data, extraction, image, models, optimise, parallel, session
 from jinv.data import Dataset
 from jinv.image import Preprocessing
@@ -495,14 +494,3 @@ def test_mistakes_are_named_before_anything_is_written(
     assert message in error
     assert "Traceback" not in error
     assert not out.exists()
-
-
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "configs").glob("features_*.yaml")), ids=lambda p: p.stem
-)
-def test_every_config_reads_and_says_what_it_reproduces(path: Path) -> None:
-    recipe = configs.build(extraction.Recipe, configs.read_yaml(path))
-    assert recipe.batch > 1
-    header = path.read_text().split("network:")[0]
-    for word in ("Paper:", "Command:", "Hardware:", "Expected:"):
-        assert word in header

@@ -122,14 +122,16 @@ def open_mpi(i: int, port: int) -> tuple[list[str], dict[str, str]]:
     }
 
 
-def start(recipe: Path, out: Path, i: int, joined: Any, devices: int = 1) -> subprocess.Popen:
+def start(
+    recipe: Path, out: Path, i: int, joined: Any, devices: int = 1, script: str = "invert"
+) -> subprocess.Popen:
     arguments, environment = joined
     settings = {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_COMPILATION_CACHE_DIR": str(CACHE),
     }
-    command = [sys.executable, "scripts/invert.py", "--config", recipe, "--out", out, *arguments]
+    command = [sys.executable, f"scripts/{script}.py", "--config", recipe, "--out", out, *arguments]
     return subprocess.Popen(
         [str(part) for part in command],
         cwd=ROOT,
@@ -141,14 +143,20 @@ def start(recipe: Path, out: Path, i: int, joined: Any, devices: int = 1) -> sub
 
 
 def together(
-    recipe: Path, out: Path, *extra: str, how: Any = flags, port: int = 0, devices: int = 1
+    recipe: Path,
+    out: Path,
+    *extra: str,
+    how: Any = flags,
+    port: int = 0,
+    devices: int = 1,
+    script: str = "invert",
 ) -> list[tuple[int, str]]:
     """(exit code, output) of two processes that run the command together."""
     port = port or free_port()
     both = []
     for i in range(2):
         arguments, environment = how(i, port)
-        both.append(start(recipe, out, i, ([*extra, *arguments], environment), devices))
+        both.append(start(recipe, out, i, ([*extra, *arguments], environment), devices, script))
     outputs = [process.communicate(timeout=300)[0] for process in both]
     return [(process.returncode, text) for process, text in zip(both, outputs, strict=True)]
 

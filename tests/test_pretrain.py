@@ -24,7 +24,7 @@ import yaml
 import weights_convert
 from conftest import CACHE, ROOT
 from jinv import config as configs
-from jinv import data, image, models, pretraining, session, training
+from jinv import data, image, pretraining, session, training
 from jinv.data import Dataset
 from jinv.models import registry, resnet_cifar
 
@@ -410,16 +410,3 @@ def test_a_loss_that_explodes_ends_the_run(
     assert "not finite" in capsys.readouterr().err
     assert not (out / "weights.safetensors").exists()
     assert (out / "metrics.csv").exists()
-
-
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "configs").glob("pretrain_*.yaml")), ids=lambda p: p.stem
-)
-def test_every_config_reads_and_says_what_it_reproduces(path: Path) -> None:
-    recipe = configs.build(pretraining.Recipe, configs.read_yaml(path))
-    assert recipe.model in models.names()
-    header = path.read_text().split("model:")[0]
-    for word in ("Paper:", "Command:", "Hardware:", "Expected:"):
-        assert word in header
-    assert "MINUTES" not in header
-    assert "EXPECTED" not in header

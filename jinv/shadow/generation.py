@@ -1,19 +1,31 @@
-"""Many shadow models in one program, shared by the devices."""
+"""Many shadow models in one program, shared by the devices; seed after seed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import Array
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jinv import parallel
 from jinv.prng import written_out
-from jinv.shadow.config import Shadow, Train
+from jinv.shadow.config import Config, Shadow, Train, make_head
+from jinv.shadow.sampling import Sets
+from jinv.shadow.store import Dtype, Layout
+from jinv.shadow.training import make_train
 
 SHADOWS = "shadows"
 Generate = Callable[[Array, Array, Array, Array, Array], Shadow]
 """(key, features (M, D), positions (S,), indices (S, N), labels (S, N)) -> S shadow models."""
+
+_CPU_BYTES, _OTHER_BYTES = 2**22, 2**30
+"""For the weights and features of the models that are trained at once, a device: what a core's
+caches hold (twice as fast as eight times as many), or enough to keep a GPU busy."""
 
 
 def make_generate(train: Train, mesh: Mesh | None = None) -> Generate:
@@ -26,7 +38,10 @@ def make_generate(train: Train, mesh: Mesh | None = None) -> Generate:
       train: of one, see `make_train`.
       mesh: devices along `SHADOWS` that share S evenly; one device by default.
     """
+    return jax.jit(_of_many(train, mesh))
 
+
+def _of_many(train: Train, mesh: Mesh | None) -> Generate:
     def one(key: Array, features: Array, position: Array, chosen: Array, labels: Array) -> Shadow:
         return train(jax.random.fold_in(written_out(key), position), features[chosen], labels)
 
@@ -41,4 +56,177 @@ def make_generate(train: Train, mesh: Mesh | None = None) -> Generate:
             out_specs=shared,
             check_vma=False,
         )
-    return jax.jit(many)
+    return many
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How shadow models are trained; nothing here changes them, but for rounding.
+
+    Attributes:
+      chunk: models at once; by default as many as fill 4 MiB on CPU, a GiB elsewhere.
+      devices: how many of this process's; all by default.
+    """
+
+    chunk: int | None = None
+    devices: int | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.chunk or 1, self.devices or 1) < 1:
+            raise ValueError("chunk and devices must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Restarts:
+    """Training again, from other initial weights, what has not learned its examples.
+
+    Attributes:
+      loss: a mean loss on the training set below this is low enough.
+      most: trainings of a shadow at most; the last one is kept.
+    """
+
+    loss: float = 0.05
+    most: int = 100
+
+    def __post_init__(self) -> None:
+        if self.loss <= 0 or not 1 <= self.most < 2**16:
+            raise ValueError("the loss must be positive, and most between 1 and 65535")
+
+
+class Made(NamedTuple):
+    """Some shadow models of a seed.
+
+    Attributes:
+      weights: (S, P) parameters, see `Layout`.
+      loss: (S,) mean over the training set.
+      attempts: (S,) trainings.
+    """
+
+    weights: np.ndarray
+    loss: np.ndarray
+    attempts: np.ndarray
+
+
+class Factory:
+    """Makes the shadow models of a seed, in this process, with memory for a chunk of them.
+
+    Attributes:
+      layout: of their weights.
+      chunk: models at once.
+
+    Args:
+      config: how they are trained.
+      features: (M, D) of all images.
+      examples: N, of a training set.
+      key: with a seed's number folded in, that seed's.
+      dtype: of the weights.
+      restarts: see there.
+      execution: see there.
+
+    Raises:
+      ValueError: the devices cannot share a chunk evenly.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        features: np.ndarray,
+        examples: int,
+        key: Array,
+        *,
+        dtype: Dtype = "float32",
+        restarts: Restarts | None = None,
+        execution: Execution = Execution(),
+    ) -> None:
+        devices = jax.local_devices()
+        if (execution.devices or 1) > len(devices):
+            raise ValueError(f"{execution.devices} devices asked for; there are {len(devices)}")
+        devices = devices[: execution.devices]
+        self.mesh = parallel.mesh(SHADOWS, devices)
+        self.key = key
+        self.restarts = restarts
+        head, width = make_head(config), features.shape[1]
+        self.layout = Layout.of(jax.eval_shape(lambda: head.init(jax.random.key(0), width)))
+        if execution.chunk is None:
+            budget = _CPU_BYTES if devices[0].platform == "cpu" else _OTHER_BYTES
+            each = budget // (4 * (self.layout.size + examples * width))
+            self.chunk = max(1, each) * len(devices)
+        else:
+            self.chunk = execution.chunk
+        if self.chunk % len(devices):
+            raise ValueError(
+                f"a chunk of {self.chunk} models is not shared evenly by {len(devices)}"
+            )
+        every = NamedSharding(self.mesh, PartitionSpec())
+        self._features = jax.device_put(np.asarray(features, np.float32), every)
+        generate = _of_many(make_train(config), self.mesh)
+
+        def flat(*args: Any) -> tuple[Array, Array]:
+            found = generate(*args)
+            parts = [found.parameters[name] for name, _ in self.layout.shapes]
+            weights = jnp.concatenate([p.reshape(len(p), -1) for p in parts], 1)
+            return weights.astype(dtype), found.loss
+
+        self._generate = jax.jit(flat)
+
+    def batches(self, seed: int, sets: Sets) -> Iterator[tuple[slice, Made]]:
+        """The shadow models of a seed, chunk by chunk, with their places among the sets."""
+        key = jax.random.fold_in(self.key, seed)
+        count = len(sets.indices)
+        starts = range(0, count, self.chunk)
+        ahead = None
+        for start in (*starts, None):
+            # The devices work on the next chunk while the host takes this one.
+            running = None if start is None else self._start(key, sets, self._places(start, count))
+            if ahead is not None:
+                place, found = ahead
+                yield place, self._again(key, sets, place, self._taken(found, place))
+            if start is not None:
+                ahead = slice(start, min(start + self.chunk, count)), running
+
+    def seed(self, seed: int, sets: Sets, see: Callable[[Made], None] = lambda made: None) -> Made:
+        """All shadow models of a seed; `see` is shown every chunk, and may raise."""
+        count = len(sets.indices)
+        found: Made | None = None
+        for place, made in self.batches(seed, sets):
+            if found is None:
+                found = Made(*(np.empty((count, *part.shape[1:]), part.dtype) for part in made))
+            for whole, part in zip(found, made, strict=True):
+                whole[place] = part
+            see(made)
+        assert found is not None
+        return found
+
+    def _places(self, start: int, count: int) -> np.ndarray:
+        return np.arange(start, min(start + self.chunk, count))
+
+    def _start(self, key: Array, sets: Sets, places: np.ndarray) -> tuple[Array, Array]:
+        # Always a whole chunk: one program.
+        filled = np.resize(places, self.chunk).astype(np.int32)
+        return self._generate(
+            key, self._features, filled, sets.indices[filled], sets.labels[filled]
+        )
+
+    @staticmethod
+    def _taken(found: tuple[Array, Array] | None, place: slice) -> Made:
+        assert found is not None
+        count = place.stop - place.start
+        weights, loss = (np.asarray(array)[:count] for array in found)
+        return Made(weights, loss, np.ones(count, np.uint16))
+
+    def _again(self, key: Array, sets: Sets, place: slice, made: Made) -> Made:
+        """With those trained again whose loss is not low enough."""
+        if self.restarts is None:
+            return made
+        made = Made(*(np.array(part) for part in made))
+        for attempt in range(2, self.restarts.most + 1):
+            failed = np.flatnonzero(~(made.loss < self.restarts.loss))
+            if not len(failed):
+                break
+            # No position of a set is as large.
+            own = jax.random.fold_in(key, 2**31 + attempt)
+            found = self._start(own, sets, place.start + failed)
+            weights, loss, _ = self._taken(found, slice(0, len(failed)))
+            made.weights[failed], made.loss[failed] = weights, loss
+            made.attempts[failed] = attempt
+        return made
