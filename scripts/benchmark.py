@@ -4,6 +4,7 @@
     python scripts/benchmark.py inversion --out one.json --cases mobilenet_v2 --repeats 15
     python scripts/benchmark.py ensemble --out ensemble.json
     python scripts/benchmark.py gradients --out gradients.json
+    python scripts/benchmark.py shadow --out shadow.json
     python scripts/benchmark.py labels --out labels.json --repeats 12
 
 `inversion` times one DeepInversion step: frozen network, BatchNorm prior, cross-entropy, TV_2 and
@@ -48,20 +49,35 @@ without priors (its TV and L2 are other means), PyTorch's with them. Where a cas
 of breaching has psnr_ours and psnr_peer: mean PSNR in dB of four photographs after equally many
 steps from the same noise, of the images with the lowest loss; breaching by its `reconstruct`.
 
+`shadow` times whole shadow models (ours_s, peer_s: seconds a model): linear heads in the paper's
+settings for CIFAR (D = 1280) and MNIST (D = 256), from features in memory to weights in the host's
+memory. Rounds last half a second a side. Peers:
+
+    pytorch_loop       the usual way: one model at a time, DataLoader, autograd, SGD
+    pytorch_batched    many models at once: batched products, gradients by hand, in place, as many
+                       models at once as is fastest here
+    opacus             for DP-SGD: one model at a time, as its users write it, as many steps as ours
+
+Before timing, all must train the same weights from the same start in float64 (DP-SGD without its
+noise): weight_difference, relative to how far training moves them, at most 1e-5. floor_s is
+the time to write a model's weights at this machine's copying speed, floor_share its part of ours_s.
+Two more tables (`--cases numbers`, `--cases memory`) have rows of their own: generator, nanoseconds
+a normal number, quartiles; and models, peak_mib, seconds of a process that streams them.
+
 `labels` times nothing: it counts which labels every method restores from gradients of trained
 networks, over `--repeats` batches. MobileNetV2 and EfficientNet-Lite0 get random crops of
 photographs, whose classes are what the network says of them; a ResNet-18 trained by
 `configs/pretrain_resnet18_fashion_mnist.yaml` gets FashionMNIST's test images. Its rows hold case,
 method, batches, and means of accuracy, precision, recall and exact (`jinv.attacks.labels.scores`).
 
-In the others, rounds of `--steps` steps each take turns; rounds in which other processes used the
+In the others, rounds (of `--steps` steps) take turns; rounds in which other processes used the
 machine are repeated (up to three times as many), and the quietest count. The JSON file holds
 
     machine    processor, cores, device, environment variables that matter
     versions   of Python and the packages
     rows       but for `labels`, for every case and peer:
       case, peer, device
-      ours_s, peer_s      median seconds a step
+      ours_s, peer_s      median seconds a step, or a model
       ratio               median over rounds of peer_s / ours_s: above 1, jinv is faster
       ours_quartiles_s, peer_quartiles_s, ratio_quartiles
       n                   rounds
@@ -79,12 +95,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks import ensemble, gradients, inversion, labels, timing
+from benchmarks import ensemble, gradients, inversion, labels, shadow, timing
 
 COMMANDS = {
     "inversion": (inversion.run, "one DeepInversion step against PyTorch"),
     "ensemble": (ensemble.run, "one step of several networks jointly"),
     "gradients": (gradients.run, "one step of gradient inversion against PyTorch and breaching"),
+    "shadow": (shadow.run, "shadow models against PyTorch and opacus"),
     "labels": (labels.run, "labels that are restored from gradients of trained networks"),
 }
 

@@ -88,7 +88,7 @@ def take_turns(
         began = ours, time.perf_counter(), others_seconds()
 
     def enough() -> bool:
-        return sum(map(_quiet, rounds)) >= repeats
+        return len(quiet(rounds)) >= repeats
 
     optimise.run(
         attack.phases,
@@ -100,13 +100,20 @@ def take_turns(
         clock=clock,
         should_stop=enough,
     )
-    if enough():
-        return [r for r in rounds if _quiet(r)]
+    return best(rounds, repeats)
+
+
+def quiet(rounds: Sequence[Round]) -> list[Round]:
+    """Those that other processes left alone."""
+    return [r for r in rounds if r.others < QUIET]
+
+
+def best(rounds: Sequence[Round], repeats: int) -> list[Round]:
+    """The quiet ones, or so many of the quietest."""
+    found = quiet(rounds)
+    if len(found) >= repeats:
+        return found
     return sorted(rounds, key=lambda r: r.others)[:repeats]
-
-
-def _quiet(r: Round) -> bool:
-    return r.others < QUIET
 
 
 def agreement(
@@ -181,7 +188,17 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of Python and of the packages that do the work."""
-    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "torchvision", "breaching")
+    packages = (
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "numpy",
+        "torch",
+        "torchvision",
+        "breaching",
+        "opacus",
+    )
     found = {"python": platform.python_version()}
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -215,18 +232,20 @@ def prepare() -> None:
     torch.set_float32_matmul_precision("high")  # TF32, as XLA does
 
 
-def report_rows(rows: Iterable[dict[str, Any]], path: Path) -> None:
-    """Print every row when it comes, and keep the file complete."""
+def report_rows(
+    rows: Iterable[dict[str, Any]], path: Path, before: Sequence[dict[str, Any]] = ()
+) -> None:
+    """Print every row when it comes, and keep the file complete: what is there before, and rows."""
     print(f"{'case':50}{'peer':19}{'ours [s]':>9}{'peer [s]':>9}{'ratio':>7}{'n':>4}{'others':>8}")
     found: list[dict] = []
     for new in rows:
         found.append(new)
         print(
-            f"{new['case']:50}{new['peer']:19}{new['ours_s']:9.4f}{new['peer_s']:9.4f}"
+            f"{new['case']:50}{new['peer']:19}{new['ours_s']:9.3g}{new['peer_s']:9.3g}"
             f"{new['ratio']:7.2f}{new['n']:4}{new['others']:8.2f}",
             flush=True,
         )
-        write(path, found)
+        write(path, [*before, *found])
     if any(new["others"] > QUIET for new in found):
         print(
             "Other processes used the machine: PyTorch loses far more time to them than JAX, so "
