@@ -151,3 +151,39 @@ def main(kind: Kind, description: str, arguments: Sequence[str] | None, out_of_m
         run_or_study(kind, recipe, variants, args)
 
     return run(everything, out_of_memory)
+
+
+def main_single(
+    recipe: type,
+    prepare: Callable[[Any], study.Runnable],
+    say: Callable[[dict[str, Any]], str],
+    description: str,
+    arguments: Sequence[str] | None,
+    out_of_memory: str,
+) -> int:
+    """All of a command whose recipe makes one run; returns the exit code.
+
+    Args:
+      recipe: class of the config.
+      prepare: a recipe -> the same with everything loaded.
+      say: the main points of a run's summary, in a line.
+      description, arguments, out_of_memory: as of `flags` and `run`.
+    """
+
+    def everything() -> None:
+        args, rest = flags(description, arguments)
+        tree = configs.read_yaml(args.config)
+        chosen: Any = override(configs.build(recipe, tree), args, rest)
+        parallel.start(args.coordinator, args.processes, args.process_id)
+        prepared = prepare(chosen)
+        own = session.Session(
+            args.out, configs.plain(chosen), resume=args.resume, overwrite=args.overwrite
+        )
+        if own.finished:
+            parallel.say(f"{args.out} holds this run, finished: nothing to do")
+            return
+        summary = prepared.run(own)
+        if summary:
+            parallel.say(f"{args.out}: {say(summary)} after {summary['seconds']:.0f} s")
+
+    return run(everything, out_of_memory)

@@ -43,35 +43,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from jinv import command, parallel, session
-from jinv import config as configs
+from jinv import command, parallel
 from jinv.extraction import Recipe, prepare
+
+
+def say(summary: dict[str, Any]) -> str:
+    """The main point of a run."""
+    return f"{sum(summary['images'].values())} x {summary['features']} features"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-
-    def everything() -> None:
-        args, rest = command.flags(str(__doc__), arguments)
-        tree = configs.read_yaml(args.config)
-        recipe = command.override(configs.build(Recipe, tree), args, rest)
-        parallel.start(args.coordinator, args.processes, args.process_id)
-        extraction = prepare(recipe)
-        run = session.Session(
-            args.out, configs.plain(recipe), resume=args.resume, overwrite=args.overwrite
-        )
-        if run.finished:
-            parallel.say(f"{args.out} holds this run, finished: nothing to do")
-            return
-        summary = extraction.run(run)
-        if summary:
-            parallel.say(
-                f"{args.out}: {sum(summary['images'].values())} x {summary['features']} features "
-                f"after {summary['seconds']:.0f} s"
-            )
-
-    return command.run(everything, "--batch with fewer images")
+    less = "--batch with fewer images"
+    return command.main_single(Recipe, prepare, say, str(__doc__), arguments, less)
 
 
 if __name__ == "__main__":
