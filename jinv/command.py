@@ -83,6 +83,9 @@ def run(function: Callable[[], None], out_of_memory: str) -> int:
     except (ValueError, OSError, ImportError, session.SessionError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except MemoryError as error:
+        print(f"error: out of memory: {error} Try {out_of_memory}", file=sys.stderr)
+        return 4
     except jax.errors.JaxRuntimeError as error:
         advice = f" Try {out_of_memory}" if "RESOURCE_EXHAUSTED" in str(error) else ""
         print(f"error: the device failed: {str(error).splitlines()[0]}{advice}", file=sys.stderr)

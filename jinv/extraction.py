@@ -20,6 +20,7 @@ from jinv.shadow import features
 
 SAVE_EVERY = 10.0
 """Seconds between checkpoints."""
+_SPLITS: tuple[data.Split, ...] = ("train", "test")
 VERSIONS = ("python", "jax", "jaxlib", "flax", "jinv")
 
 
@@ -85,8 +86,10 @@ class Extraction:
         self.net = recipe.network.load()
         self.splits: list[_Split] = []
         self.steps = 0
-        both = pretraining.splits(recipe.data, recipe.size or self.net.preprocessing.size)
-        for name, dataset in zip(("train", "test"), both, strict=True):
+        size = recipe.size or self.net.preprocessing.size
+        for name in _SPLITS:
+            # Their classes may differ: people in one split are not in the other.
+            dataset = recipe.data.load(name, size)
             features.check(self.net, dataset)
             steps = -(-len(dataset) // recipe.batch)
             self.splits.append(_Split(name, steps, dataset, self.steps))

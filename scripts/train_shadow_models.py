@@ -11,7 +11,7 @@ training; every key can be overridden on the command line (`--config F --help` l
 permutes the data and cuts it into training sets: seed and position name a model and its examples.
 `jinv.shadow.store.Store(FOLDER)` reads the models.
 
---plan          tells how many models, bytes and seconds are to come, and stops
+--plan          tells how many models, bytes and seconds all of it takes, and stops
 --resume        makes the seeds that are missing: after Ctrl-C, SIGTERM or a crash, the very same
                 models; and with more --seeds than there are, the new ones
 --overwrite     replaces an earlier run
@@ -33,8 +33,9 @@ loss and attempts, statistics.npz (count, mean, std, covariance) and, last of al
     dtype, stored             of the weights; whether they were kept
     path, path_reason         row_space or ordinary; why not row_space
     fingerprint               of the features
-    privacy                   noise_multiplier, l2_norm_clip, sampling, steps, delta, epsilon; or
-                              null
+    privacy                   noise_multiplier, l2_norm_clip, sampling, steps, delta, epsilon (null
+                              without noise); or null
+    diverged                  models whose loss is no number; statistics leave them out
     loss                      mean, std, max over models, on their training sets
     restarts                  mean, most: trainings of a model; failed: models whose loss stayed too
                               high; or null
@@ -49,7 +50,7 @@ loss and attempts, statistics.npz (count, mean, std, covariance) and, last of al
     versions                  of python, jax, jaxlib and jinv
 
 Exit codes: 0 done; 2 a mistake in what was asked for, or damage found; 4 out of memory or another
-failure of the device; 130 or 143 stopped and resumable.
+failure of the device; 130 or 143 stopped, and resumable if models are stored.
 """
 
 from __future__ import annotations
@@ -84,9 +85,9 @@ def verify(folder: Path) -> None:
     parallel.say(f"{folder}: sound, {len(missing)} of {found.metadata.seeds} seeds are missing")
 
 
-def plan(production: Production, folder: Path | None) -> None:
+def plan(production: Production, folder: Path | None, seeds: int | None = None) -> None:
     """Print what is to come."""
-    found = production.plan(folder)
+    found = production.plan(folder, seeds)
     kept = "nothing is kept"
     if production.recipe.store and folder:
         kept = (
@@ -126,16 +127,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return parallel.say(json.dumps(production.pass_by(None), indent=2))
         again = args.regenerate
         resume = args.resume or part.count > 1 or again is not None
+        if again is not None and (not recipe.store or again % part.count != part.index):
+            again = None  # another part's, or there is nothing to make again
         target = production.claim(folder, resume=resume, overwrite=args.overwrite, again=again)
         if target is None:
             return parallel.say(f"{folder} holds these models, finished: nothing to do")
-        plan(production, folder)
         if recipe.store:
+            plan(production, folder, len(production.missing(target, part)))
             done = production.fill(target, part)
             if left := target.missing():
                 return parallel.say(f"{folder}: {len(left)} seeds are left to other parts")
             summary = production.finish(target, done)
         else:
+            plan(production, folder)
             summary = production.pass_by(folder)
         made = summary["session"]
         parallel.say(

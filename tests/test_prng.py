@@ -29,6 +29,7 @@ KEY = jax.random.key(2024)
     ids=["bits", "bytes", "normal", "scalar", "uniform", "bernoulli", "permutation"],
 )
 def test_the_numbers_are_those_of_jax_random(draw: Callable[[Array], Array]) -> None:
+    assert jax.random.key_impl(written_out(KEY)) != jax.random.key_impl(KEY)
     for compiled in (draw, jax.jit(draw)):
         np.testing.assert_array_equal(compiled(written_out(KEY)), compiled(KEY))
 

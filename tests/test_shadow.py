@@ -218,7 +218,7 @@ SMALL = Config(
 
 def sample(seed: int, config: Config) -> np.ndarray:
     """(MANY, parameters) weights of shadows that differ by their keys only."""
-    features, labels = problem(examples=4, width=6, classes=3)
+    features, labels = problem(examples=4, width=6, classes=3 if config.head == "linear" else 2)
     run = jax.jit(jax.vmap(make_train(config), (0, None, None)))
     keys = jax.random.split(jax.random.key(seed), MANY)
     found = run(keys, jnp.asarray(features, jnp.float32), jnp.asarray(labels)).parameters
@@ -235,10 +235,13 @@ def distinguishable(a: np.ndarray, b: np.ndarray) -> bool:
     return min(tests) < 1e-3 / len(tests)
 
 
-def test_private_row_space_training_is_equal_in_distribution() -> None:
+@pytest.mark.parametrize(
+    "config", [SMALL, dataclasses.replace(SMALL, head="binary", hidden=2)], ids=["linear", "binary"]
+)
+def test_private_row_space_training_is_equal_in_distribution(config: Config) -> None:
     """20000 models of either path; and a noise scale that is wrong by 5 % is noticed."""
-    plain = sample(1, dataclasses.replace(SMALL, path="ordinary"))
-    quick = sample(2, dataclasses.replace(SMALL, path="row_space"))
+    plain = sample(1, dataclasses.replace(config, path="ordinary"))
+    quick = sample(2, dataclasses.replace(config, path="row_space"))
     assert not distinguishable(plain, quick)
     deviation = plain.std(0)
     np.testing.assert_allclose(quick.mean(0), plain.mean(0), atol=0.05 * deviation.max())
@@ -246,7 +249,7 @@ def test_private_row_space_training_is_equal_in_distribution() -> None:
     np.testing.assert_allclose(
         np.cov(quick.T), np.cov(plain.T), atol=0.05 * np.square(deviation).max()
     )
-    wrong = dataclasses.replace(SMALL, privacy=Privacy(1.05, 0.7), path="row_space")
+    wrong = dataclasses.replace(config, privacy=Privacy(1.05, 0.7), path="row_space")
     assert distinguishable(plain, sample(3, wrong))
 
 

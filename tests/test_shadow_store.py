@@ -52,9 +52,20 @@ def test_halves_are_stored_as_such(tmp_path: Path) -> None:
     np.testing.assert_array_equal(Store(tmp_path).read(0), weights)
 
 
-def test_a_missing_seed_is_not_read_as_zeros(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match=r"holds no seed 1: .*weights/c/1/0/0 is missing"):
-        filled(tmp_path).read(1)
+@pytest.mark.parametrize("name", store.ARRAYS)
+def test_what_is_missing_is_not_read_as_zeros(tmp_path: Path, name: str) -> None:
+    found = filled(tmp_path)
+    with pytest.raises(StoreError, match=rf"holds no seed 1: .*{name}/c/1/0.* is missing"):
+        found.read(1, name=name)
+    next((tmp_path / name / "c/2").rglob("0/0" if name == "weights" else "0")).unlink()
+    assert list(Store(tmp_path).damaged()) == ([] if name == "weights" else [2])
+
+
+def test_zeros_are_there_too(tmp_path: Path) -> None:
+    found = Store.create(tmp_path, METADATA)
+    found.write(1, *(np.zeros_like(part) for part in models(1)))()
+    assert 1 in Store(tmp_path)
+    assert not Store(tmp_path).read(1).any()
 
 
 @pytest.mark.parametrize("name", store.ARRAYS)
@@ -98,7 +109,14 @@ def test_a_store_grows_and_never_shrinks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", '{"version": 2}', '{"version": 1, "layout": [["w", [-3]]], "sets": 1, "seeds": 1}'],
+    [
+        "",
+        "[]",
+        "[" * 100_000,
+        '{"version": 2}',
+        '{"version": 1, "layout": [["w", [-3]]], "sets": 1, "seeds": 1}',
+        json.dumps(METADATA.plain() | {"seeds": 10**18}),
+    ],
 )
 def test_damaged_metadata_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / store.METADATA).write_text(text)
@@ -109,7 +127,7 @@ def test_damaged_metadata_is_named(tmp_path: Path, text: str) -> None:
 def test_metadata_that_do_not_fit_the_arrays_are_noticed(tmp_path: Path) -> None:
     filled(tmp_path)
     told = json.loads((tmp_path / store.METADATA).read_text())
-    (tmp_path / store.METADATA).write_text(json.dumps(told | {"sets": 10**12}))
+    (tmp_path / store.METADATA).write_text(json.dumps(told | {"sets": 10**6}))
     with pytest.raises(StoreError, match="no array of this store"):
         Store(tmp_path)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,7 +164,7 @@ def test_processes_of_one_program_share_the_seeds(tmp_path: Path, recipe: dict[s
     out = tmp_path / "out"
     told = test_parallel.together(tmp_path / "recipe.yaml", out, script="train_shadow_models")
     assert [code for code, _ in told] == [0, 0], told
-    assert "60 models of 51 parameters" in told[0][1]
+    assert "40 models of 51 parameters" in told[0][1]
     made = summary(tmp_path)
     assert made["models"] == 60
     assert made["session"]["models"] in (20, 40)  # seeds 0 and 2, or 1
@@ -205,7 +207,10 @@ def test_a_damaged_shard_is_found_and_made_again(
     shard.write_bytes(content[:9] + b"?" + content[10:])
     assert run(tmp_path, recipe, "--verify") == 2
     assert f"{shard} is damaged: `--regenerate 1`" in capsys.readouterr().err
-    assert run(tmp_path, recipe, "--regenerate", "1") == 0
+    assert run(tmp_path, recipe, "--regenerate", "7") == 2
+    assert "seeds 0 to 2, no 7" in capsys.readouterr().err
+    assert run(tmp_path, recipe, "--regenerate", "1", "--seeds", "1") == 0
+    assert summary(tmp_path)["models"] == 60  # of the store, not of the flag
     assert shard.read_bytes() == content
     assert run(tmp_path, recipe, "--verify") == 0
 
@@ -275,6 +280,54 @@ def test_the_plan_makes_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_disk_that_is_too_small_is_noticed_before(
+    tmp_path: Path,
+    recipe: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=10_000))
+    assert run(tmp_path, recipe) == 2
+    assert "0.0 GB are to be written, 0.0 GB are free" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [("--resume",), ("--overwrite",), ("--part", "0/2"), ()])
+def test_other_runs_folders_are_left_alone(
+    tmp_path: Path,
+    recipe: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    flags: tuple[str, ...],
+) -> None:
+    (tmp_path / "out/weights").mkdir(parents=True)
+    (tmp_path / "out/weights/best.pt").write_text("mine")
+    (tmp_path / "out/config.yaml").write_text("mine")
+    assert run(tmp_path, recipe, *flags) == 2
+    assert "holds something else than shadow models" in capsys.readouterr().err
+    assert (tmp_path / "out/weights/best.pt").read_text() == "mine"
+    assert (tmp_path / "out/config.yaml").read_text() == "mine"
+
+
+def test_models_that_diverge_are_counted_and_left_out(
+    tmp_path: Path, recipe: dict[str, Any]
+) -> None:
+    training = recipe["training"] | {"lr": 1e30}
+    assert run(tmp_path, recipe | {"training": training}) == 0
+    told = summary(tmp_path)
+    assert told["diverged"] == 60
+    assert told["loss"] == {"mean": None, "std": None, "max": None}
+    assert told["statistics"] is None
+
+
+def test_splits_that_do_not_belong_together_are_refused(
+    tmp_path: Path, recipe: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_features(tmp_path / "other", people=2)
+    shutil.rmtree(tmp_path / "features/test")
+    (tmp_path / "other/test").rename(tmp_path / "features/test")
+    assert run(tmp_path, recipe) == 2
+    assert "the splits have other classes" in capsys.readouterr().err
+
+
 def test_finished_and_unfinished_runs_are_not_replaced_silently(
     tmp_path: Path, recipe: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -295,7 +348,7 @@ def test_finished_and_unfinished_runs_are_not_replaced_silently(
     ("changes", "flags", "words"),
     [
         ({"sampling": {"sets": 21}}, (), "at most 20 sets"),
-        ({"training": {"classes": 2}}, (), "labels go up to 2, the linear head knows 2 classes"),
+        ({"training": {"classes": 2}}, (), "labels are 0 to 2, the linear head knows 2 classes"),
         ({"training": {"head": "binary"}}, (), "give sampling.positive"),
         ({"features": "/nowhere"}, (), "/nowhere/train/features.json"),
         ({"seeds": 0}, (), "seeds must be at least 1"),

@@ -316,7 +316,7 @@ def load(folder: str | Path, *, verify: bool = True) -> Features:
         files = {name: dict(found["files"][name]) for name in ARRAYS if name in found["files"]}
         if _described(classes, network, files) != found:
             raise ValueError("its fingerprint is not that of what it says")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is missing or damaged: {error}") from None
     arrays = {}
     for name, told in files.items():

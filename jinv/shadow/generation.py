@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,15 +17,15 @@ from jinv.prng import written_out
 from jinv.shadow.config import Config, Shadow, Train, make_head
 from jinv.shadow.sampling import Sets
 from jinv.shadow.store import Dtype, Layout
-from jinv.shadow.training import make_train
+from jinv.shadow.training import make_train, unsuitable
 
 SHADOWS = "shadows"
 Generate = Callable[[Array, Array, Array, Array, Array], Shadow]
 """(key, features (M, D), positions (S,), indices (S, N), labels (S, N)) -> S shadow models."""
 
 _CPU_BYTES, _OTHER_BYTES = 2**22, 2**30
-"""For the weights and features of the models that are trained at once, a device: what a core's
-caches hold (twice as fast as eight times as many), or enough to keep a GPU busy."""
+"""For the weights, features and noise of the models that are trained at once, a device: what a
+core's caches hold (twice as fast as eight times as many), or enough to keep a GPU busy."""
 
 
 def make_generate(train: Train, mesh: Mesh | None = None) -> Generate:
@@ -145,12 +145,19 @@ class Factory:
         self.mesh = parallel.mesh(SHADOWS, devices)
         self.key = key
         self.restarts = restarts
+        self._dtype = jnp.dtype(dtype)
         head, width = make_head(config), features.shape[1]
         self.layout = Layout.of(jax.eval_shape(lambda: head.init(jax.random.key(0), width)))
         if execution.chunk is None:
             budget = _CPU_BYTES if devices[0].platform == "cpu" else _OTHER_BYTES
-            each = budget // (4 * (self.layout.size + examples * width))
-            self.chunk = max(1, each) * len(devices)
+            numbers = self.layout.size + examples * width
+            if config.privacy is not None:  # every example's gradient, or the noise of all steps
+                ordinary = config.path == "ordinary" or unsuitable(config, head)
+                hidden = self.layout.size // width
+                numbers += examples * (
+                    self.layout.size if ordinary else config.steps(examples) * hidden
+                )
+            self.chunk = max(1, budget // (4 * numbers)) * len(devices)
         else:
             self.chunk = execution.chunk
         if self.chunk % len(devices):
@@ -169,36 +176,43 @@ class Factory:
 
         self._generate = jax.jit(flat)
 
-    def batches(self, seed: int, sets: Sets) -> Iterator[tuple[slice, Made]]:
-        """The shadow models of a seed, chunk by chunk, with their places among the sets."""
-        key = jax.random.fold_in(self.key, seed)
-        count = len(sets.indices)
-        starts = range(0, count, self.chunk)
-        ahead = None
-        for start in (*starts, None):
-            # The devices work on the next chunk while the host takes this one.
-            running = None if start is None else self._start(key, sets, self._places(start, count))
-            if ahead is not None:
-                place, found = ahead
-                yield place, self._again(key, sets, place, self._taken(found, place))
-            if start is not None:
-                ahead = slice(start, min(start + self.chunk, count)), running
-
     def seed(self, seed: int, sets: Sets, see: Callable[[Made], None] = lambda made: None) -> Made:
         """All shadow models of a seed; `see` is shown every chunk, and may raise."""
-        count = len(sets.indices)
-        found: Made | None = None
-        for place, made in self.batches(seed, sets):
-            if found is None:
-                found = Made(*(np.empty((count, *part.shape[1:]), part.dtype) for part in made))
-            for whole, part in zip(found, made, strict=True):
-                whole[place] = part
-            see(made)
-        assert found is not None
+        key, count = jax.random.fold_in(self.key, seed), len(sets.indices)
+        found = Made(
+            np.empty((count, self.layout.size), self._dtype),
+            np.empty(count, np.float32),
+            np.ones(count, np.uint16),
+        )
+        self._train(key, sets, np.arange(count), found, see)
+        if self.restarts is None:
+            return found
+        for attempt in range(2, self.restarts.most + 1):
+            failed = np.flatnonzero(~(found.loss < self.restarts.loss))
+            if not len(failed):
+                break
+            found.attempts[failed] = attempt
+            # No position among the sets is as large.
+            again = jax.random.fold_in(key, 2**31 + attempt)
+            self._train(again, sets, failed, found, lambda made: None)
         return found
 
-    def _places(self, start: int, count: int) -> np.ndarray:
-        return np.arange(start, min(start + self.chunk, count))
+    def _train(
+        self, key: Array, sets: Sets, places: np.ndarray, found: Made, see: Callable[[Made], None]
+    ) -> None:
+        """Train the sets at these places, chunk by chunk, into `found`."""
+        before: tuple[np.ndarray, tuple[Array, Array]] | None = None
+        for start in (*range(0, len(places), self.chunk), None):
+            running = None
+            if start is not None:  # the devices work on this chunk while the host takes the last
+                some = places[start : start + self.chunk]
+                running = some, self._start(key, sets, some)
+            if before is not None:
+                taken, arrays = before
+                weights, loss = (np.asarray(array)[: len(taken)] for array in arrays)
+                found.weights[taken], found.loss[taken] = weights, loss
+                see(Made(weights, loss, found.attempts[taken]))
+            before = running
 
     def _start(self, key: Array, sets: Sets, places: np.ndarray) -> tuple[Array, Array]:
         # Always a whole chunk: one program.
@@ -206,27 +220,3 @@ class Factory:
         return self._generate(
             key, self._features, filled, sets.indices[filled], sets.labels[filled]
         )
-
-    @staticmethod
-    def _taken(found: tuple[Array, Array] | None, place: slice) -> Made:
-        assert found is not None
-        count = place.stop - place.start
-        weights, loss = (np.asarray(array)[:count] for array in found)
-        return Made(weights, loss, np.ones(count, np.uint16))
-
-    def _again(self, key: Array, sets: Sets, place: slice, made: Made) -> Made:
-        """With those trained again whose loss is not low enough."""
-        if self.restarts is None:
-            return made
-        made = Made(*(np.array(part) for part in made))
-        for attempt in range(2, self.restarts.most + 1):
-            failed = np.flatnonzero(~(made.loss < self.restarts.loss))
-            if not len(failed):
-                break
-            # No position of a set is as large.
-            own = jax.random.fold_in(key, 2**31 + attempt)
-            found = self._start(own, sets, place.start + failed)
-            weights, loss, _ = self._taken(found, slice(0, len(failed)))
-            made.weights[failed], made.loss[failed] = weights, loss
-            made.attempts[failed] = attempt
-        return made

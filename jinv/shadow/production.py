@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jinv import config as configs
@@ -145,14 +144,15 @@ class Production:
             raise ValueError(f"{recipe.features}: labels are attributes; classes are needed")
         drawn = recipe.sampling.draw(own.labels, 0)
         examples = drawn.indices.shape[1]
-        head = recipe.training.head
-        classes = recipe.training.classes if head == "linear" else 2
-        if drawn.labels.max() >= classes:
+        kind = recipe.training.head
+        classes = recipe.training.classes if kind == "linear" else 2
+        if not 0 <= drawn.labels.min() <= drawn.labels.max() < classes:
             raise ValueError(
-                f"labels go up to {drawn.labels.max()}, the {head} head knows {classes} classes"
-                + (": give sampling.positive" if head == "binary" else "")
+                f"labels are {drawn.labels.min()} to {drawn.labels.max()}, the {kind} head knows "
+                f"{classes} classes" + (": give sampling.positive" if kind == "binary" else "")
             )
         config = privacy.resolved(recipe.training, examples)
+        self.privacy = _promised(config, examples)
         self.recipe = dataclasses.replace(recipe, training=config)
         self.labels = own.labels
         self.examples = examples
@@ -163,7 +163,7 @@ class Production:
             config,
             own.features,
             examples,
-            jax.random.key(recipe.seed),
+            jax.random.key(recipe.seed, impl="threefry2x32"),
             dtype=recipe.dtype,
             restarts=recipe.restarts,
             execution=recipe.execution,
@@ -176,9 +176,15 @@ class Production:
         self.metadata = store.Metadata(
             self.factory.layout, recipe.sampling.sets, recipe.seeds, recipe.dtype, origin
         )
-        self.held_out = self._held_out(own.labels)
+        self.held_out = self._held_out(own)
+        head = make_head(config)
+        self._accuracies = jax.jit(
+            lambda parameters, x, y: jax.lax.map(
+                lambda one: head.correct(head.apply(one, x), y).mean(), parameters
+            )
+        )
 
-    def _held_out(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray] | str:
+    def _held_out(self, own: features.Features) -> tuple[np.ndarray, np.ndarray] | str:
         """Features and labels of the other split, or why there are none."""
         kind = self.recipe.sampling.kind
         if kind != "balanced":
@@ -187,8 +193,11 @@ class Production:
             return "not asked for"
         other = "test" if self.recipe.split == "train" else "train"
         found = features.load(Path(self.recipe.features) / other)
-        if found.labels.max() > labels.max():
-            raise ValueError(f"{self.recipe.features}: the splits have different classes")
+        same = (own.network, own.classes, own.features.shape[1], own.labels.ndim)
+        if (found.network, found.classes, found.features.shape[1], found.labels.ndim) != same:
+            raise ValueError(
+                f"{self.recipe.features}: the splits have other classes, or are of other networks"
+            )
         positive = self.recipe.sampling.positive
         told = found.labels if positive is None else np.isin(found.labels, positive)
         return np.asarray(found.features), told.astype(np.int32)
@@ -197,22 +206,26 @@ class Production:
         """The training sets of a seed."""
         return self.recipe.sampling.draw(self.labels, seed)
 
-    def plan(self, folder: Path | None) -> dict[str, Any]:
-        """What is to come: models, bytes, seconds by a trial; `folder` for the free disk."""
+    def plan(self, folder: Path | None, seeds: int | None = None) -> dict[str, Any]:
+        """What so many seeds take, all by default: models, bytes, seconds by a trial.
+
+        Statistics and validation take time of their own. `folder`: for the free disk.
+        """
+        seeds = self.recipe.seeds if seeds is None else seeds
         drawn = self.sets(0)
         drawn = Sets(*(part[: 2 * self.factory.chunk] for part in drawn))
         self.factory.seed(0, drawn)  # compiles
         start = time.perf_counter()
         self.factory.seed(0, drawn)
         each = (time.perf_counter() - start) / len(drawn.indices)
-        models = self.recipe.seeds * self.recipe.sampling.sets
+        models = seeds * self.recipe.sampling.sets
         plan: dict[str, Any] = {
             "models": models,
             "parameters": self.factory.layout.size,
             "examples": self.examples,
             "path": "ordinary" if self.reason else "row_space",
             "chunk": self.factory.chunk,
-            "bytes": self.metadata.seed_bytes * self.recipe.seeds,
+            "bytes": self.metadata.seed_bytes * seeds,
             "models_per_second": round(1 / each, 1),
             "seconds": round(models * each, 1),
         }
@@ -239,19 +252,38 @@ class Production:
         """
         if resume and overwrite:
             raise store.StoreError("--resume and --overwrite exclude each other")
-        known = any((folder / name).exists() for name in (store.METADATA, store.CONFIG))
-        finished = (folder / store.SUMMARY).exists()
+        # In this order: another part may be making the store, which begins with the metadata.
+        foreign = [n for n in (*store.FILES, *store.ARRAYS) if (folder / n).exists()]
+        known = (folder / store.METADATA).exists()
+        if not known and foreign:
+            raise store.StoreError(
+                f"{folder} holds something else than shadow models ({', '.join(foreign)}): choose "
+                "another folder"
+            )
+        summary = folder / store.SUMMARY
         if overwrite:
             store.remove(folder)
-        elif (known or finished) and not resume:
-            state = "a finished" if finished else "an unfinished"
+        elif known and not resume:
+            state = "a finished" if summary.exists() else "an unfinished"
             raise store.StoreError(f"{folder} holds {state} run: --resume or --overwrite it")
+        before = store.read_metadata(folder).seeds if known and not overwrite else 0
         target = store.Store.create(folder, self.metadata)
+        # A store may have more seeds than the recipe asks for: it is all of them that are finished.
+        self.metadata = target.metadata
+        self.recipe = dataclasses.replace(self.recipe, seeds=target.metadata.seeds)
+        if again is not None and not 0 <= again < self.recipe.seeds:
+            raise store.StoreError(f"{folder} has seeds 0 to {self.recipe.seeds - 1}, no {again}")
         if again is not None:
             target.discard(again)
-        if finished and not overwrite and not (self.recipe.store and target.missing()):
+        missing = target.missing() if self.recipe.store else []
+        if summary.exists() and before == self.recipe.seeds and not missing:
             return None
-        (folder / store.SUMMARY).unlink(missing_ok=True)
+        needed, free = len(missing) * self.metadata.seed_bytes, shutil.disk_usage(folder).free
+        if needed > free:
+            raise store.StoreError(
+                f"{folder}: {needed / 1e9:.1f} GB are to be written, {free / 1e9:.1f} GB are free"
+            )
+        summary.unlink(missing_ok=True)
         write_atomic(folder / store.CONFIG, configs.to_yaml(self.recipe))
         return target
 
@@ -262,6 +294,10 @@ class Production:
         for seed in seeds:
             yield seed, self.factory.seed(seed, self.sets(seed), lambda made: see(seed, made))  # noqa: B023
 
+    def missing(self, target: store.Store, part: Part = Part()) -> list[int]:
+        """Seeds of this part that are not there yet."""
+        return [s for s in target.missing() if s % part.count == part.index]
+
     def fill(self, target: store.Store, part: Part = Part()) -> Done:
         """Write the seeds of this part that are missing.
 
@@ -269,7 +305,7 @@ class Production:
           Interrupted: by a signal; finished seeds are kept.
           StoreError: the disk is full, say; finished seeds are kept.
         """
-        seeds = [s for s in target.missing() if s % part.count == part.index]
+        seeds = self.missing(target, part)
         done = Done()
         with (
             _Watch(target.folder, len(seeds) * self.recipe.sampling.sets) as watch,
@@ -293,7 +329,7 @@ class Production:
             for s in range(self.recipe.seeds)
         )
         summary = self._summary(read, done, target.folder)
-        write_atomic(target.folder / store.SUMMARY, json.dumps(summary, indent=2) + "\n")
+        _save(target.folder, summary)
         return summary
 
     def pass_by(self, folder: Path | None) -> dict[str, Any]:
@@ -306,10 +342,10 @@ class Production:
                 done.seconds = watch.seconds
                 yield found
 
-        with _Watch(folder, self.recipe.seeds * self.recipe.sampling.sets) as watch:
+        with _Watch(None, self.recipe.seeds * self.recipe.sampling.sets) as watch:
             summary = self._summary(made(watch), done, folder)
         if folder is not None:
-            write_atomic(folder / store.SUMMARY, json.dumps(summary, indent=2) + "\n")
+            _save(folder, summary)
         return summary
 
     def _summary(self, seeds: Iterator[Made], done: Done, folder: Path | None) -> dict[str, Any]:
@@ -322,14 +358,15 @@ class Production:
             losses.append(made.loss)
             attempts.append(made.attempts)
             accuracies.append(self.accuracies(made.weights[: recipe.validate]))
-            if recipe.statistics != "none":
-                new = statistics.of(made.weights, covariance=recipe.statistics == "covariance")
+            sound = np.isfinite(made.loss)
+            if recipe.statistics != "none" and sound.any():
+                kept = made.weights if sound.all() else made.weights[sound]
+                new = statistics.of(kept, covariance=recipe.statistics == "covariance")
                 found = new if found is None else statistics.merged(found, new)
         loss, tries, accuracy = map(np.concatenate, (losses, attempts, accuracies))
         if found is not None and folder is not None:
             found.save(folder / store.STATISTICS)
         machine = hardware.describe()
-        config = recipe.training
         failed = 0 if recipe.restarts is None else int((~(loss < recipe.restarts.loss)).sum())
         return {
             "models": len(loss),
@@ -343,18 +380,8 @@ class Production:
             "path": "ordinary" if self.reason else "row_space",
             "path_reason": self.reason or None,
             "fingerprint": self.metadata.origin["fingerprint"],
-            "privacy": None
-            if config.privacy is None
-            else {
-                "noise_multiplier": config.privacy.sigma,
-                "l2_norm_clip": config.privacy.l2_norm_clip,
-                "sampling": config.privacy.probability(self.examples),
-                "steps": config.steps(self.examples),
-                "delta": self.examples**-1.1,
-                "epsilon": privacy.epsilon(
-                    config.privacy, self.examples, config.steps(self.examples)
-                ),
-            },
+            "privacy": self.privacy,
+            "diverged": int((~np.isfinite(loss)).sum()),
             "loss": _spread(loss),
             "restarts": None
             if recipe.restarts is None
@@ -383,14 +410,8 @@ class Production:
         """(S,) share of the other split's images that each of S models gives their labels."""
         if isinstance(self.held_out, str) or not len(weights):
             return np.empty(0)
-        head = make_head(self.recipe.training)
-        x, y = (jnp.asarray(array) for array in self.held_out)
-
-        def accuracy(parameters: dict[str, jax.Array]) -> jax.Array:
-            return head.correct(head.apply(parameters, x), y).mean()
-
         parameters = self.factory.layout.split(np.asarray(weights, np.float32))
-        return np.asarray(jax.lax.map(jax.jit(accuracy), parameters))
+        return np.asarray(self._accuracies(parameters, *self.held_out))
 
 
 @dataclasses.dataclass
@@ -405,6 +426,7 @@ class _Watch:
     """Progress and signals over the models of a production."""
 
     def __init__(self, folder: Path | None, models: int) -> None:
+        """Of a store's folder; None if nothing is kept."""
         self._folder = folder
         self._models = models
         self._done = 0
@@ -429,11 +451,8 @@ class _Watch:
         self._progress.update(0, self._done, {"loss": made.loss})
         self._done += len(made.loss)
         if self._signals.number and self._done < self._models:
-            where = self._folder or "models that are not kept"
-            raise session.Interrupted(
-                f"{where}: stopped in seed {seed}; go on with --resume",
-                self._signals.number or signal.SIGTERM,
-            )
+            after = f"{self._folder}: go on with --resume" if self._folder else "nothing was kept"
+            raise session.Interrupted(f"stopped in seed {seed}; {after}", self._signals.number)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -443,6 +462,30 @@ class _Stage:
     cost: float = 1.0
 
 
-def _spread(values: np.ndarray) -> dict[str, float]:
-    wide = values.astype(np.float64)
+def _save(folder: Path, summary: dict[str, Any]) -> None:
+    text = json.dumps(summary, indent=2, allow_nan=False)
+    write_atomic(folder / store.SUMMARY, text + "\n")
+
+
+def _promised(config: Config, examples: int) -> dict[str, Any] | None:
+    """What the summary says of privacy."""
+    if config.privacy is None:
+        return None
+    steps = config.steps(examples)
+    epsilon = privacy.epsilon(config.privacy, examples, steps)
+    return {
+        "noise_multiplier": config.privacy.sigma,
+        "l2_norm_clip": config.privacy.l2_norm_clip,
+        "sampling": config.privacy.probability(examples),
+        "steps": steps,
+        "delta": examples**-1.1,
+        "epsilon": epsilon if math.isfinite(epsilon) else None,
+    }
+
+
+def _spread(values: np.ndarray) -> dict[str, float | None]:
+    """Of the finite ones."""
+    wide = values[np.isfinite(values)].astype(np.float64)
+    if not len(wide):
+        return {"mean": None, "std": None, "max": None}
     return {"mean": float(wide.mean()), "std": float(wide.std()), "max": float(wide.max())}

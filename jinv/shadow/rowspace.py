@@ -96,7 +96,8 @@ def _private(
 
         start = head.init(init_key, width)
         shape = start.pop(first).shape
-        normal = jax.random.normal(jax.random.fold_in(init_key, 1), shape, features.dtype)
+        normal_key, seen_key, others_key = jax.random.split(noise_key, 3)
+        normal = jax.random.normal(normal_key, shape, features.dtype)
         gram = features @ features.T
         coordinates, mixing = factorise(gram)
         products = features @ normal.T
@@ -105,7 +106,6 @@ def _private(
         share = shares(config, order_key, examples)
         # All noise at once, along long axes: several times as fast as array by array.
         flat, unflatten = ravel_pytree(start)
-        seen_key, others_key = jax.random.split(noise_key)
         seen = jax.random.normal(seen_key, (examples, steps * shape[0]), gram.dtype)
         seen = (coordinates @ seen).reshape(examples, steps, shape[0])
         noises = jax.random.normal(others_key, (flat.size, steps), gram.dtype)

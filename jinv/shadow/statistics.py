@@ -36,8 +36,9 @@ class Statistics:
 
     @property
     def std(self) -> np.ndarray:
-        """(P,) standard deviations, with n - 1 in the denominator."""
-        return np.sqrt(self.squares / (self.count - 1))
+        """(P,) standard deviations, with n - 1 in the denominator; not a number of one vector."""
+        with np.errstate(invalid="ignore"):
+            return np.sqrt(self.squares / (self.count - 1))
 
     @property
     def varying(self) -> np.ndarray:
@@ -46,8 +47,9 @@ class Statistics:
 
     @property
     def covariance(self) -> np.ndarray:
-        """(P, P), with n - 1 in the denominator."""
-        return self._comoment / (self.count - 1)
+        """(P, P), with n - 1 in the denominator; not numbers of one vector."""
+        with np.errstate(invalid="ignore"):
+            return self._comoment / (self.count - 1)
 
     @property
     def correlation(self) -> np.ndarray:
@@ -79,7 +81,8 @@ def of(weights: np.ndarray, *, covariance: bool = True) -> Statistics:
     """
     if weights.ndim != 2 or not weights.size:
         raise ValueError(f"weights are (models, coordinates), not {weights.shape}")
-    rows = max(1, (_BLOCK if covariance else _SMALL) // weights.shape[1])
+    width = weights.shape[1]
+    rows = max(_BLOCK // width, width // 2) if covariance else max(1, _SMALL // width)
     found = None
     for start in range(0, len(weights), rows):
         part = _of_some(weights[start : start + rows], covariance)

@@ -1,7 +1,8 @@
 """Shadow models on disk: one shard a seed, checksummed, whole or absent.
 
 A store is a folder with `shadows.json`, which says all that makes the models what they are, and
-Zarr arrays (version 3, float32 or bfloat16, CRC-32C of every piece) that other tools can read:
+Zarr arrays (version 3, CRC-32C of every piece) that other tools can read if weights are float32;
+bfloat16 is an extension. Stores grow: along the first axis arrays are longer than what is there.
 
     weights   (seeds, sets, P) the parameters, one after the other as `Layout` says
     loss      (seeds, sets) mean over the training set
@@ -33,8 +34,11 @@ from jinv.files import write_atomic
 Dtype = Literal["float32", "bfloat16"]
 METADATA, CONFIG, SUMMARY = "shadows.json", "config.yaml", "summary.json"
 STATISTICS = "statistics.npz"
+FILES = (SUMMARY, STATISTICS, CONFIG)
 ARRAYS = ("weights", "loss", "attempts")
 VERSION = 1
+_MANY = 2**31 - 1
+"""More than there are seeds, sets, or numbers along an axis."""
 _PIECE = 2**22
 """Bytes that are checksummed, and read, together."""
 
@@ -118,8 +122,8 @@ class Store:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.metadata = _read(self.folder)
-        self._arrays = {name: self._open(name) for name in ARRAYS}
+        self.metadata = read_metadata(self.folder)
+        self._arrays = {name: self._open(name, create=False) for name in ARRAYS}
 
     @classmethod
     def create(cls, folder: str | Path, metadata: Metadata) -> Store:
@@ -137,7 +141,7 @@ class Store:
             raise StoreError(f"cannot make the folder {folder}: {error.strerror}") from None
         told = metadata.plain()
         if not _write_new(folder / METADATA, json.dumps(told, indent=2) + "\n"):
-            before = _read(folder).plain()
+            before = read_metadata(folder).plain()
             changed = configs.differences(before, told | {"seeds": before["seeds"]})
             if changed:
                 raise StoreError(
@@ -145,6 +149,10 @@ class Store:
                 )
             if metadata.seeds > before["seeds"]:
                 write_atomic(folder / METADATA, json.dumps(told, indent=2) + "\n")
+        empty = cls.__new__(cls)
+        empty.folder, empty.metadata = folder, read_metadata(folder)
+        for name in ARRAYS:
+            empty._open(name, create=True)
         return cls(folder)
 
     def __contains__(self, seed: int) -> bool:
@@ -189,8 +197,11 @@ class Store:
         Raises:
           StoreError: the seed is missing or damaged.
         """
-        if seed not in self:
-            raise StoreError(f"{self.folder} holds no seed {seed}: {self._shard(seed)} is missing")
+        if not self._shard(seed, name).exists():
+            raise StoreError(
+                f"{self.folder} holds no seed {seed}: {self._shard(seed, name)} is missing"
+                + (f"; `--regenerate {seed}` makes it again" if seed in self else "")
+            )
         try:
             return self._arrays[name][seed, models].read().result()
         except ValueError as error:
@@ -223,7 +234,7 @@ class Store:
     def _shard(self, seed: int, name: str = "weights") -> Path:
         return self.folder / name / "c" / str(seed) / ("0/0" if name == "weights" else "0")
 
-    def _open(self, name: str) -> Any:
+    def _open(self, name: str, *, create: bool) -> Any:
         told = self.metadata
         weights = name == "weights"
         width = (told.layout.size,) if weights else ()
@@ -236,10 +247,11 @@ class Store:
         ]
         sharding = {"chunk_shape": [1, models, *width], "codecs": check, "index_codecs": check}
         # Not as many seeds as there are now: stores grow.
-        shape = [2**31 - 1, told.sets, *width]
+        shape = [_MANY, told.sets, *width]
         grid = {"name": "regular", "configuration": {"chunk_shape": [1, pieces, *width]}}
         spec = {
             "driver": "zarr3",
+            "store_data_equal_to_fill_value": True,  # what is not there counts as missing
             "kvstore": {"driver": "file", "path": str((self.folder / name).resolve())},
             "metadata": {
                 "shape": shape,
@@ -250,23 +262,26 @@ class Store:
             },
         }
         try:
-            return tensorstore.open(spec, open=True, create=True).result()
+            return tensorstore.open(spec, open=True, create=create).result()
         except ValueError as error:
             raise StoreError(f"{self.folder / name} is no array of this store: {error}") from None
 
 
 def remove(folder: str | Path) -> None:
-    """Remove what a store consists of, and nothing else."""
+    """Remove a store, and nothing else that is in its folder."""
     folder = Path(folder)
+    if not (folder / METADATA).exists():
+        return
     # The metadata last: a removal that is cut leaves a store that can be removed.
-    for name in (SUMMARY, STATISTICS, CONFIG):
+    for name in FILES:
         (folder / name).unlink(missing_ok=True)
     for name in ARRAYS:
         shutil.rmtree(folder / name, ignore_errors=True)
     (folder / METADATA).unlink(missing_ok=True)
 
 
-def _read(folder: Path) -> Metadata:
+def read_metadata(folder: Path) -> Metadata:
+    """What a folder's store holds; StoreError if there is none, or it is damaged."""
     path = folder / METADATA
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
@@ -276,12 +291,16 @@ def _read(folder: Path) -> Metadata:
         found = Metadata(
             Layout(shapes), int(told["sets"]), int(told["seeds"]), told["dtype"], told["origin"]
         )
-        if found.dtype not in ("float32", "bfloat16") or min(found.sets, found.layout.size) < 1:
+        lengths = [found.sets, found.seeds, *(n for _, shape in shapes for n in shape)]
+        if found.dtype not in ("float32", "bfloat16") or not all(0 < n < _MANY for n in lengths):
             raise ValueError("its numbers make no sense")
         return found
     except FileNotFoundError:
         raise StoreError(f"{folder} holds no shadow models: there is no {METADATA}") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (
+        *(OSError, ValueError, TypeError, KeyError, AttributeError),
+        *(OverflowError, RecursionError),
+    ) as error:
         raise StoreError(f"{path} is damaged: {error!r}") from None
 
 
