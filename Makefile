@@ -24,11 +24,14 @@ $(FASHION_MNIST):
 	dpkg-deb -x $(DATASETS)/dataset-fashion-mnist_*.deb $(DATASETS)
 	rm $(DATASETS)/dataset-fashion-mnist_*.deb
 
+# Two processes: compilation, which takes most of the time, has one thread.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: lint  ## What CI runs.
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: lint  ## Also the tests that take minutes (nightly).
-	$(BIN)/python -m pytest --slow
+	$(PYTEST) --slow
 
 bench: $(INSTALLED_DEV)  ## Time our steps against PyTorch's.
 	mkdir -p out

