@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jinv import parallel
 from jinv.prng import written_out
 from jinv.shadow.config import Config, Shadow, Train, make_head
+from jinv.shadow.heads import Parameters
 from jinv.shadow.sampling import Sets
 from jinv.shadow.store import Dtype, Layout
 from jinv.shadow.training import make_train, unsuitable
@@ -168,13 +169,11 @@ class Factory:
         self._features = jax.device_put(np.asarray(features, np.float32), every)
         generate = _of_many(make_train(config), self.mesh)
 
-        def flat(*args: Any) -> tuple[Array, Array]:
+        def made(*args: Any) -> tuple[Parameters, Array]:
             found = generate(*args)
-            parts = [found.parameters[name] for name, _ in self.layout.shapes]
-            weights = jnp.concatenate([p.reshape(len(p), -1) for p in parts], 1)
-            return weights.astype(dtype), found.loss
+            return {n: p.astype(dtype) for n, p in found.parameters.items()}, found.loss
 
-        self._generate = jax.jit(flat)
+        self._generate = jax.jit(made)
 
     def seed(self, seed: int, sets: Sets, see: Callable[[Made], None] = lambda made: None) -> Made:
         """All shadow models of a seed; `see` is shown every chunk, and may raise."""
@@ -201,20 +200,25 @@ class Factory:
         self, key: Array, sets: Sets, places: np.ndarray, found: Made, see: Callable[[Made], None]
     ) -> None:
         """Train the sets at these places, chunk by chunk, into `found`."""
-        before: tuple[np.ndarray, tuple[Array, Array]] | None = None
+        before: tuple[np.ndarray, tuple[Parameters, Array]] | None = None
         for start in (*range(0, len(places), self.chunk), None):
             running = None
             if start is not None:  # the devices work on this chunk while the host takes the last
                 some = places[start : start + self.chunk]
                 running = some, self._start(key, sets, some)
             if before is not None:
-                taken, arrays = before
-                weights, loss = (np.asarray(array)[: len(taken)] for array in arrays)
-                found.weights[taken], found.loss[taken] = weights, loss
-                see(Made(weights, loss, found.attempts[taken]))
+                taken, (parameters, loss) = before
+                first, last = taken[0], taken[-1]
+                # A slice, where it is one, is copied faster.
+                at = slice(first, last + 1) if last - first + 1 == len(taken) else taken
+                found.loss[at] = np.asarray(loss)[: len(taken)]
+                for name, part in self.layout.slices():
+                    values = np.asarray(parameters[name])[: len(taken)]
+                    found.weights[at, part] = values.reshape(len(taken), -1)
+                see(Made(found.weights[at], found.loss[at], found.attempts[at]))
             before = running
 
-    def _start(self, key: Array, sets: Sets, places: np.ndarray) -> tuple[Array, Array]:
+    def _start(self, key: Array, sets: Sets, places: np.ndarray) -> tuple[Parameters, Array]:
         # Always a whole chunk: one program.
         filled = np.resize(places, self.chunk).astype(np.int32)
         return self._generate(

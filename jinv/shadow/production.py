@@ -142,6 +142,8 @@ class Production:
         own = features.load(Path(recipe.features) / recipe.split)
         if own.labels.ndim > 1:
             raise ValueError(f"{recipe.features}: labels are attributes; classes are needed")
+        if own.labels.min() < 0:
+            raise ValueError(f"{recipe.features}: labels are negative: {own.labels.min()}")
         drawn = recipe.sampling.draw(own.labels, 0)
         examples = drawn.indices.shape[1]
         kind = recipe.training.head

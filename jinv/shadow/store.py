@@ -65,12 +65,19 @@ class Layout:
 
     def split(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         """(..., P) -> parameters (..., *shape) by name."""
-        found, start = {}, 0
+        shapes = dict(self.shapes)
+        return {
+            name: weights[..., part].reshape(*weights.shape[:-1], *shapes[name])
+            for name, part in self.slices()
+        }
+
+    def slices(self) -> Iterator[tuple[str, slice]]:
+        """(name, where its numbers are)."""
+        start = 0
         for name, shape in self.shapes:
             stop = start + math.prod(shape)
-            found[name] = weights[..., start:stop].reshape(*weights.shape[:-1], *shape)
+            yield name, slice(start, stop)
             start = stop
-        return found
 
 
 @dataclasses.dataclass(frozen=True)
