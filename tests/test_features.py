@@ -339,6 +339,14 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(folder, {})
 
 
+def test_what_lies_where_features_are_written_is_not_removed(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"out\.partial holds other files"):
+        features.Writer(tmp_path / "out", 3)
+    assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "mine"
+
+
 def write(folder: Path, change: dict[str, Any]) -> Path:
     """A recipe of seven and three batches, on the images in this folder."""
     tree: dict[str, Any] = {

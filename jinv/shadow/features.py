@@ -15,7 +15,6 @@ import hashlib
 import io
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -242,9 +241,14 @@ class Writer:
         if self.folder.exists() and any(self.folder.iterdir()):
             raise ValueError(f"{self.folder} is not empty: choose another folder")
         self._partial = self.folder.with_name(self.folder.name + PARTIAL)
-        if not start and self._partial.exists():
-            shutil.rmtree(self._partial)
         self._partial.mkdir(parents=True, exist_ok=True)
+        left = list(self._partial.iterdir())
+        if any(not path.name.lstrip(".").startswith((*ARRAYS, INDEX)) for path in left):
+            raise ValueError(
+                f"{self._partial} holds other files: remove it, or choose another folder"
+            )
+        for path in left if not start else ():
+            path.unlink()
         self._count = images
         self._open: dict[str, BinaryIO] = {}
 
