@@ -21,7 +21,6 @@ from jinv.shadow import features
 SAVE_EVERY = 10.0
 """Seconds between checkpoints."""
 _SPLITS: tuple[data.Split, ...] = ("train", "test")
-VERSIONS = ("python", "jax", "jaxlib", "flax", "jinv")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +205,7 @@ class Extraction:
             "seconds": round(run.seconds, 3),
             "seconds_per_step": round(run.clock.stepping / max(run.clock.steps, 1), 6),
             "compile_seconds": round(run.clock.compiling, 3),
-            "versions": {name: machine[name] for name in VERSIONS},
+            "versions": {name: machine[name] for name in pretraining.VERSIONS},
         }
         run.finish(summary)
         return summary

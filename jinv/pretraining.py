@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import signal
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from jax.sharding import Mesh
 import weights_convert
 from jinv import config as configs
 from jinv import curves, data, evidence, hardware, models, parallel, session, training
-from jinv.files import write_atomic
+from jinv.files import sha256, write_atomic
 from jinv.image import Preprocessing
 from jinv.net import Net
 from jinv.progress import Progress
@@ -240,10 +239,7 @@ class Pretraining:
             "seconds": round(run.seconds, 3),
             "seconds_per_step": round(run.clock.stepping / max(run.clock.steps, 1), 6),
             "compile_seconds": round(run.clock.compiling, 3),
-            "files": {
-                name: hashlib.sha256((run.folder / name).read_bytes()).hexdigest()
-                for name in (WEIGHTS, CLASSES)
-            },
+            "files": {name: sha256(run.folder / name) for name in (WEIGHTS, CLASSES)},
             "versions": {name: machine[name] for name in VERSIONS},
         }
         run.finish(summary)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from flax import nnx
 
 import weights_convert
+from jinv import files
 from jinv.image import Preprocessing
 from jinv.models import (
     efficientnet,
@@ -57,10 +57,10 @@ class Package:
           ValueError: it is damaged.
         """
         try:
-            files = importlib.metadata.files(self.distribution) or []
+            inside = importlib.metadata.files(self.distribution) or []
         except importlib.metadata.PackageNotFoundError:
-            files = []
-        for file in files:
+            inside = []
+        for file in inside:
             path = Path(str(file.locate()))
             if file.match(self.file) and path.is_file():
                 check_sha256(path, self.sha256, f"reinstall it: {self.install}")
@@ -70,8 +70,7 @@ class Package:
 
 def check_sha256(path: Path, sha256: str, remedy: str) -> None:
     """ValueError if the file's sha256 does not start with these digits."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = files.sha256(path)
     if not digest.startswith(sha256):
         raise ValueError(
             f"{path} is damaged: its sha256 starts with {digest[:8]}, not {sha256}; {remedy}"

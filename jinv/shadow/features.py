@@ -28,7 +28,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jinv import image, optimise, parallel
 from jinv.data import Dataset
-from jinv.files import write_atomic
+from jinv.files import sha256, write_atomic
 from jinv.net import Net, Variables
 
 INDEX = "features.json"
@@ -296,7 +296,7 @@ class Writer:
         for path in (self._partial / name for name in ARRAYS):
             if path.exists() or path.name != "images.npy":
                 array = _mapped(path)
-                files[path.name] = _entry(array.shape, array.dtype) | {"sha256": _sha256(path)}
+                files[path.name] = _entry(array.shape, array.dtype) | {"sha256": sha256(path)}
         described = _described(classes, network, files)
         write_atomic(self._partial / INDEX, json.dumps(described, indent=2) + "\n")
         self._partial.rename(self.folder)
@@ -329,7 +329,7 @@ def load(folder: str | Path, *, verify: bool = True) -> Features:
         entry = _entry(array.shape, array.dtype)
         if entry != {key: told.get(key) for key in entry}:
             raise ValueError(f"{path} is damaged: it holds {entry}, not what {INDEX} says")
-        if verify and _sha256(path) != told.get("sha256"):
+        if verify and sha256(path) != told.get("sha256"):
             raise ValueError(f"{path} is damaged: its sha256 is not that of {INDEX}")
     try:
         _check(arrays)
@@ -397,8 +397,3 @@ def _described(
     told = {"network": network, "classes": list(classes), "files": dict(files)}
     text = json.dumps(told, sort_keys=True).encode()
     return told | {"fingerprint": hashlib.sha256(text).hexdigest()}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
