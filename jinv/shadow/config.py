@@ -68,6 +68,10 @@ class Privacy:
         """q for a set of so many examples."""
         return 1 - 1 / examples if self.sampling is None else self.sampling
 
+    def expected(self, examples: int) -> float:
+        """Of so many, how many take part in a step on average."""
+        return self.probability(examples) * examples
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:

@@ -69,5 +69,5 @@ def normal_like(key: Array, tree: Parameters) -> Parameters:
 
 def noised(privacy: Privacy, total: Parameters, normal: Parameters, examples: int) -> Parameters:
     """The private gradient: (sum of clipped gradients + noise) / expected examples."""
-    expected = privacy.probability(examples) * examples
+    expected = privacy.expected(examples)
     return jax.tree.map(lambda g, n: (g + privacy.deviation * n) / expected, total, normal)

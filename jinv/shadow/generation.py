@@ -153,7 +153,7 @@ class Factory:
             budget = _CPU_BYTES if devices[0].platform == "cpu" else _OTHER_BYTES
             numbers = self.layout.size + examples * width
             if config.privacy is not None:  # every example's gradient, or the noise of all steps
-                ordinary = config.path == "ordinary" or unsuitable(config, head)
+                ordinary = unsuitable(config, head)
                 hidden = self.layout.size // width
                 numbers += examples * (
                     self.layout.size if ordinary else config.steps(examples) * hidden

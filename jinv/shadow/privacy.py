@@ -93,7 +93,12 @@ def resolved(config: Config, examples: int, delta: float | None = None) -> Confi
     return dataclasses.replace(config, privacy=found)
 
 
+def usual_delta(examples: int) -> float:
+    """N^-1.1, the paper's delta for N examples."""
+    return examples**-1.1
+
+
 def _delta(examples: int, delta: float | None) -> float:
     if examples < 2:
         raise ValueError(f"privacy is accounted for at least 2 examples, not {examples}")
-    return examples**-1.1 if delta is None else delta
+    return usual_delta(examples) if delta is None else delta

@@ -157,10 +157,10 @@ class Production:
         self.privacy = _promised(config, examples)
         self.recipe = dataclasses.replace(recipe, training=config)
         self.labels = own.labels
+        self._drawn = drawn  # seed 0's, for a trial
         self.examples = examples
-        self.reason = training.unsuitable(config, make_head(config))
-        if config.path == "ordinary":
-            self.reason = "the config asks for the ordinary path"
+        head = make_head(config)
+        self.reason = training.unsuitable(config, head)
         self.factory = Factory(
             config,
             own.features,
@@ -179,7 +179,6 @@ class Production:
             self.factory.layout, recipe.sampling.sets, recipe.seeds, recipe.dtype, origin
         )
         self.held_out = self._held_out(own)
-        head = make_head(config)
         self._accuracies = jax.jit(
             lambda parameters, x, y: jax.lax.map(
                 lambda one: head.correct(head.apply(one, x), y).mean(), parameters
@@ -200,9 +199,8 @@ class Production:
             raise ValueError(
                 f"{self.recipe.features}: the splits have other classes, or are of other networks"
             )
-        positive = self.recipe.sampling.positive
-        told = found.labels if positive is None else np.isin(found.labels, positive)
-        return np.asarray(found.features), told.astype(np.int32)
+        told = sampling.relabelled(found.labels, self.recipe.sampling.positive)
+        return np.asarray(found.features), told
 
     def sets(self, seed: int) -> Sets:
         """The training sets of a seed."""
@@ -214,8 +212,7 @@ class Production:
         Statistics and validation take time of their own. `folder`: for the free disk.
         """
         seeds = self.recipe.seeds if seeds is None else seeds
-        drawn = self.sets(0)
-        drawn = Sets(*(part[: 2 * self.factory.chunk] for part in drawn))
+        drawn = Sets(*(part[: 2 * self.factory.chunk] for part in self._drawn))
         self.factory.seed(0, drawn)  # compiles
         start = time.perf_counter()
         self.factory.seed(0, drawn)
@@ -480,7 +477,7 @@ def _promised(config: Config, examples: int) -> dict[str, Any] | None:
         "l2_norm_clip": config.privacy.l2_norm_clip,
         "sampling": config.privacy.probability(examples),
         "steps": steps,
-        "delta": examples**-1.1,
+        "delta": privacy.usual_delta(examples),
         "epsilon": epsilon if math.isfinite(epsilon) else None,
     }
 

@@ -90,9 +90,8 @@ def _private(
         examples, width = features.shape
         init_key, order_key, noise_key = jax.random.split(key, 3)
         steps = config.steps(examples)
-        scale = orthogonal_scale(
-            optimiser, steps, std, privacy.deviation / (privacy.probability(examples) * examples)
-        )
+        expected = privacy.expected(examples)
+        scale = orthogonal_scale(optimiser, steps, std, privacy.deviation / expected)
 
         start = head.init(init_key, width)
         shape = start.pop(first).shape
@@ -128,7 +127,7 @@ def _private(
             total = {name: jnp.tensordot(factor, g, 1) for name, g in found.items()}
             total[_SEEN] = jnp.zeros_like(products)
             noise = {**unflatten(noises[:, t]), _SEEN: seen[:, t]}
-            rows *= factor[:, None] / (privacy.probability(examples) * examples)
+            rows *= factor[:, None] / expected
             return {
                 **noised(privacy, total, noise, examples),
                 _ROWS: rows,

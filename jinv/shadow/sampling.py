@@ -58,8 +58,13 @@ def balanced(
         order = permutation(len(members), seed, int(c))[: sets * class_size]
         columns.append(members[order].reshape(sets, class_size))
     indices = np.concatenate(columns, 1)
-    chosen = labels[indices] if positive is None else np.isin(labels[indices], positive)
-    return Sets(indices.astype(np.int32), chosen.astype(np.int32))
+    return Sets(indices.astype(np.int32), relabelled(labels[indices], positive))
+
+
+def relabelled(labels: np.ndarray, positive: Sequence[int] | None) -> np.ndarray:
+    """1 for the positive classes and 0 for all others; as they are without positive classes."""
+    told = labels if positive is None else np.isin(labels, positive)
+    return told.astype(np.int32)
 
 
 def random_labels(count: int, seed: int, class_size: int, sets: int, classes: int) -> Sets:

@@ -130,7 +130,7 @@ class Store:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.metadata = read_metadata(self.folder)
-        self._arrays = {name: self._open(name, create=False) for name in ARRAYS}
+        self._arrays = {name: _open(self.folder, self.metadata, name) for name in ARRAYS}
 
     @classmethod
     def create(cls, folder: str | Path, metadata: Metadata) -> Store:
@@ -156,10 +156,8 @@ class Store:
                 )
             if metadata.seeds > before["seeds"]:
                 write_atomic(folder / METADATA, json.dumps(told, indent=2) + "\n")
-        empty = cls.__new__(cls)
-        empty.folder, empty.metadata = folder, read_metadata(folder)
         for name in ARRAYS:
-            empty._open(name, create=True)
+            _open(folder, metadata, name, create=True)
         return cls(folder)
 
     def __contains__(self, seed: int) -> bool:
@@ -241,38 +239,6 @@ class Store:
     def _shard(self, seed: int, name: str = "weights") -> Path:
         return self.folder / name / "c" / str(seed) / ("0/0" if name == "weights" else "0")
 
-    def _open(self, name: str, *, create: bool) -> Any:
-        told = self.metadata
-        weights = name == "weights"
-        width = (told.layout.size,) if weights else ()
-        dtype = told.dtype if weights else "float32" if name == "loss" else "uint16"
-        models = max(1, min(told.sets, _PIECE // (4 * told.layout.size))) if weights else told.sets
-        pieces = -(-told.sets // models) * models
-        check = [
-            {"name": "bytes", "configuration": {"endian": "little"}},
-            {"name": "crc32c"},
-        ]
-        sharding = {"chunk_shape": [1, models, *width], "codecs": check, "index_codecs": check}
-        # Not as many seeds as there are now: stores grow.
-        shape = [_MANY, told.sets, *width]
-        grid = {"name": "regular", "configuration": {"chunk_shape": [1, pieces, *width]}}
-        spec = {
-            "driver": "zarr3",
-            "store_data_equal_to_fill_value": True,  # what is not there counts as missing
-            "kvstore": {"driver": "file", "path": str((self.folder / name).resolve())},
-            "metadata": {
-                "shape": shape,
-                "data_type": dtype,
-                "chunk_grid": grid,
-                "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-                "dimension_names": ["seed", "set", "parameter"][: len(shape)],
-            },
-        }
-        try:
-            return tensorstore.open(spec, open=True, create=create).result()
-        except ValueError as error:
-            raise StoreError(f"{self.folder / name} is no array of this store: {error}") from None
-
 
 def remove(folder: str | Path) -> None:
     """Remove a store, and nothing else that is in its folder."""
@@ -285,6 +251,39 @@ def remove(folder: str | Path) -> None:
     for name in ARRAYS:
         shutil.rmtree(folder / name, ignore_errors=True)
     (folder / METADATA).unlink(missing_ok=True)
+
+
+def _open(folder: Path, told: Metadata, name: str, *, create: bool = False) -> Any:
+    """One of the arrays; StoreError if it is not there, or another."""
+    weights = name == "weights"
+    width = (told.layout.size,) if weights else ()
+    dtype = told.dtype if weights else "float32" if name == "loss" else "uint16"
+    models = max(1, min(told.sets, _PIECE // (4 * told.layout.size))) if weights else told.sets
+    pieces = -(-told.sets // models) * models
+    check = [
+        {"name": "bytes", "configuration": {"endian": "little"}},
+        {"name": "crc32c"},
+    ]
+    sharding = {"chunk_shape": [1, models, *width], "codecs": check, "index_codecs": check}
+    # Not as many seeds as there are now: stores grow.
+    shape = [_MANY, told.sets, *width]
+    grid = {"name": "regular", "configuration": {"chunk_shape": [1, pieces, *width]}}
+    spec = {
+        "driver": "zarr3",
+        "store_data_equal_to_fill_value": True,  # what is not there counts as missing
+        "kvstore": {"driver": "file", "path": str((folder / name).resolve())},
+        "metadata": {
+            "shape": shape,
+            "data_type": dtype,
+            "chunk_grid": grid,
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+            "dimension_names": ["seed", "set", "parameter"][: len(shape)],
+        },
+    }
+    try:
+        return tensorstore.open(spec, open=True, create=create).result()
+    except ValueError as error:
+        raise StoreError(f"{folder / name} is no array of this store: {error}") from None
 
 
 def read_metadata(folder: Path) -> Metadata:

@@ -39,7 +39,7 @@ def make_train(
     if config.path == "row_space" and reason:
         raise ValueError(f"no row-space training: {reason}")
     optimiser = optimiser or make_optimiser(config)
-    if config.path == "ordinary" or reason:
+    if reason:
         return ordinary.build(config, head, optimiser)
     return rowspace.build(config, head, optimiser)
 
@@ -47,7 +47,9 @@ def make_train(
 def unsuitable(
     config: Config, head: Head, optimiser: optax.GradientTransformation | None = None
 ) -> str:
-    """Why row-space training would be another training, "" if it would not."""
+    """Why training takes the ordinary path, "" if the row-space path gives the same."""
+    if config.path == "ordinary":
+        return "the config asks for the ordinary path"
     if head.first is None:
         return "the head does not begin with a matrix product of the features (`Head.first`)"
     if optimiser is not None:
