@@ -1,9 +1,10 @@
 """Read back what a trained network has learned."""
 
-from jinv import image, models, objective, optimise, priors
+from jinv import image, models, objective, optimise
 from jinv.image import Preprocessing
 from jinv.net import Moments, Net, Outputs
-from jinv.objective import Member, Weights
+from jinv.objective import priors
+from jinv.objective.terms import Member, Weights
 
 __version__ = "0.1.0"
 

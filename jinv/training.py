@@ -20,8 +20,9 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from jinv import evidence, image, optimise, parallel
+from jinv import image, optimise, parallel
 from jinv.data import Dataset
+from jinv.federated import evidence
 from jinv.net import Moments, Net, Outputs, Path, Variables
 
 CHUNK = 10

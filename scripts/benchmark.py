@@ -68,7 +68,8 @@ a normal number, quartiles; and models, peak_mib, seconds of a process that stre
 networks, over `--repeats` batches. MobileNetV2 and EfficientNet-Lite0 get random crops of
 photographs, whose classes are what the network says of them; a ResNet-18 trained by
 `configs/pretrain_resnet18_fashion_mnist.yaml` gets FashionMNIST's test images. Its rows hold case,
-method, batches, and means of accuracy, precision, recall and exact (`jinv.attacks.labels.scores`).
+method, batches, and means of accuracy, precision, recall and exact
+(`jinv.federated.labels.scores`).
 
 In the others, rounds (of `--steps` steps) take turns; rounds in which other processes used the
 machine are repeated (up to three times as many), and the quietest count. The JSON file holds

@@ -45,8 +45,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from jinv import command, parallel
-from jinv.extraction import Recipe, prepare
+from jinv import parallel
+from jinv.recipes.extract_features import Recipe, prepare
+from jinv.runs import command_line
 
 
 def say(summary: dict[str, Any]) -> str:
@@ -57,7 +58,7 @@ def say(summary: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     less = "--batch with fewer images"
-    return command.main_single(Recipe, prepare, say, str(__doc__), arguments, less)
+    return command_line.main_single(Recipe, prepare, say, str(__doc__), arguments, less)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from jinv import command, comparison, inversion, parallel
+from jinv import parallel
+from jinv.recipes import invert
+from jinv.reports import inversion_study
+from jinv.runs import command_line
 
 
 def say(summary: dict[str, Any]) -> None:
@@ -65,13 +68,13 @@ def say(summary: dict[str, Any]) -> None:
         parallel.say(f"{name} gives {100 * share:.0f}% of the images their class")
 
 
-INVERSIONS = command.Kind(inversion.recipe_from, inversion.prepare, comparison.write, say)
+INVERSIONS = command_line.Kind(invert.recipe_from, invert.prepare, inversion_study.write, say)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     less = "--execution.images-at-once, --execution.networks-at-once 1, fewer images"
-    return command.main(INVERSIONS, str(__doc__), arguments, less)
+    return command_line.main(INVERSIONS, str(__doc__), arguments, less)
 
 
 if __name__ == "__main__":

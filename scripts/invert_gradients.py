@@ -7,7 +7,7 @@
 
 A config names the network, and either a `client` to simulate (its images, mode, local steps and
 defence) or the `evidence` of a real one: FILE.safetensors, with the gradient under torch's names,
-and FILE.json (see `jinv.evidence.save`). Every key can be overridden on the command line
+and FILE.json (see `jinv.federated.evidence.save`). Every key can be overridden on the command line
 (`--config F --help` lists them). Ctrl-C or SIGTERM saves a checkpoint; --resume goes on to the
 very same images. A finished run is replaced only with --overwrite.
 
@@ -61,7 +61,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from jinv import command, leakage, parallel, sweep
+from jinv import parallel
+from jinv.recipes import invert_gradients
+from jinv.reports import gradients_study
+from jinv.runs import command_line
 
 
 def say(summary: dict[str, Any]) -> None:
@@ -71,13 +74,15 @@ def say(summary: dict[str, Any]) -> None:
         parallel.say(f"PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.2f}")
 
 
-LEAKS = command.Kind(leakage.recipe_from, leakage.prepare, sweep.write, say)
+LEAKS = command_line.Kind(
+    invert_gradients.recipe_from, invert_gradients.prepare, gradients_study.write, say
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     less = "--execution.seeds-at-once 1, --execution.images-at-once 1"
-    return command.main(LEAKS, str(__doc__), arguments, less)
+    return command_line.main(LEAKS, str(__doc__), arguments, less)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ every epoch) and, last of all, summary.json:
     files             sha256 of weights.safetensors and classes.txt
     versions          of python, jax, jaxlib, flax and jinv
 
-`jinv.pretraining.load(FOLDER)` makes a `Net` of it.
+`jinv.recipes.pretrain.load(FOLDER)` makes a `Net` of it.
 
 On several hosts start the same command on each: SLURM (srun), Open MPI (mpirun) and Kubernetes are
 recognised, else pass --coordinator HOST:PORT --processes N --process-id I. The folder must be on a
@@ -55,8 +55,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from jinv import command, parallel
-from jinv.pretraining import Recipe, prepare
+from jinv import parallel
+from jinv.recipes.pretrain import Recipe, prepare
+from jinv.runs import command_line
 
 
 def say(summary: dict[str, Any]) -> str:
@@ -67,7 +68,7 @@ def say(summary: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     less = "--training.batch with fewer images"
-    return command.main_single(Recipe, prepare, say, str(__doc__), arguments, less)
+    return command_line.main_single(Recipe, prepare, say, str(__doc__), arguments, less)
 
 
 if __name__ == "__main__":

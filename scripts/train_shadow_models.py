@@ -62,10 +62,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jinv import command, parallel
-from jinv import config as configs
+from jinv import parallel
+from jinv.recipes.train_shadow_models import Part, Production, Recipe
+from jinv.runs import command_line
+from jinv.runs import config as configs
 from jinv.shadow import store
-from jinv.shadow.production import Part, Production, Recipe
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -105,12 +106,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
 
     def everything() -> None:
-        args, rest = command.flags(str(__doc__), arguments, add_flags)
+        args, rest = command_line.flags(str(__doc__), arguments, add_flags)
         folder = None if str(args.out) == "none" else args.out
         if args.verify:
             return verify(args.out)
         tree = configs.read_yaml(args.config)
-        recipe = command.override(configs.build(Recipe, tree), args, rest)
+        recipe = command_line.override(configs.build(Recipe, tree), args, rest)
         parallel.start(args.coordinator, args.processes, args.process_id)
         part = Part.read(args.part)
         if folder is None:
@@ -148,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return None
 
-    return command.run(everything, "--execution.chunk with fewer models")
+    return command_line.run(everything, "--execution.chunk with fewer models")
 
 
 if __name__ == "__main__":

@@ -603,9 +603,10 @@ import json, sys
 sys.path.insert(0, "tests")
 import jax, jax.numpy as jnp, numpy as np, optax
 import tiny
-from jinv import joint, optimise, parallel
+from jinv import optimise, parallel
 from jinv.attacks import deepinversion
-from jinv.objective import Member, Weights
+from jinv.objective import ensemble
+from jinv.objective.terms import Member, Weights
 
 net = tiny.network()
 config = deepinversion.Config(
@@ -617,7 +618,7 @@ other = tiny.network(seed=1)
 targets = [0, 1, 2, 3, 4, 5, 6, 0]
 
 def result(devices, loop):
-    execution = joint.Execution(devices=devices)
+    execution = ensemble.Execution(devices=devices)
     attack = deepinversion.build(config, members, targets, competitor=other, execution=execution)
     losses = []
     state = optimise.run(

@@ -15,8 +15,9 @@ from flax import nnx
 import test_net
 import tiny
 import weights_convert
-from jinv import evidence, image, optimise, training
+from jinv import image, optimise, training
 from jinv.data import Dataset
+from jinv.federated import evidence
 from jinv.image import Preprocessing
 from jinv.models import resnet_cifar
 from jinv.net import Net

@@ -17,10 +17,11 @@ import numpy as np
 import optax
 from jax import Array
 
-from jinv import image, joint, microbatch, optimise, parallel, priors
+from jinv import image, optimise, parallel
 from jinv.image import Preprocessing
 from jinv.net import Net, Outputs
-from jinv.objective import LabelLoss, Member, network_terms, term_weights
+from jinv.objective import ensemble, microbatch, priors
+from jinv.objective.terms import LabelLoss, Member, network_terms, term_weights
 
 HAND_PICKED = (
     *(1, 933, 946, 980, 25, 63, 92, 94, 107, 985, 151, 154, 207, 250, 270, 277, 283, 292, 294),
@@ -164,7 +165,7 @@ class Attack:
     data: Data
     space: Preprocessing
     initial: Callable[[Array], Array]
-    placement: joint.Placement
+    placement: ensemble.Placement
 
 
 def build(
@@ -176,7 +177,7 @@ def build(
     space: Preprocessing | None = None,
     competitor: Net | None = None,
     compute_dtype: jnp.dtype | str = jnp.float32,
-    execution: joint.Execution = joint.Execution(),
+    execution: ensemble.Execution = ensemble.Execution(),
 ) -> Attack:
     """DeepInversion of one network, or of several at once, for these classes.
 
@@ -230,11 +231,11 @@ def build(
         terms, weights = _terms(config, member, rival, reference, space, dtype, execution)
         variables = (member.net.variables, None if rival is None else rival.variables)
         example = (shapes[-1], classes)
-        parts.append(joint.Part(member.net.name, terms, weights, variables, example))
+        parts.append(ensemble.Part(member.net.name, terms, weights, variables, example))
         for shape in shapes:
             jax.eval_shape(terms, variables, shape, classes)  # do the networks take it?
-    placement = joint.place(parts, len(targets), execution)
-    evaluate, networks = joint.build(parts, placement, execution)
+    placement = ensemble.place(parts, len(targets), execution)
+    evaluate, networks = ensemble.build(parts, placement, execution)
 
     def initial(key: Array) -> Array:
         shape = (len(targets), *resolution(config.phases[0]), space.channels)
@@ -274,7 +275,7 @@ def _terms(
     reference: int,
     space: Preprocessing,
     dtype: jnp.dtype,
-    execution: joint.Execution,
+    execution: ensemble.Execution,
 ) -> tuple[Callable[[Any, Array, Array], dict[str, Array]], dict[str, float]]:
     """One network's terms, R_adi among them if it has a competitor, and their weights."""
     at_once = execution.images_at_once or 0
@@ -322,7 +323,9 @@ def _enter(
     return enter
 
 
-def _loss(config: Config, phase: Phase, factor: int, evaluate: joint.Evaluate) -> optimise.LossFn:
+def _loss(
+    config: Config, phase: Phase, factor: int, evaluate: ensemble.Evaluate
+) -> optimise.LossFn:
     """The objective of one phase as `(key, images, data) -> (loss, terms)`."""
     tv_l2 = config.tv_l2 if phase.tv_l2 is None else phase.tv_l2
     image_terms: dict[str, tuple[float, Callable[[Array], Array]]] = {

@@ -22,14 +22,15 @@ import optax
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
-from jinv import defences, image, matching, optimise, parallel, priors
-from jinv import evidence as evidences
-from jinv.attacks import registration
-from jinv.defences import Defence
-from jinv.evidence import Evidence
-from jinv.matching import Match
+from jinv import image, optimise, parallel
+from jinv.federated import defences, registration
+from jinv.federated import evidence as evidences
+from jinv.federated.defences import Defence
+from jinv.federated.evidence import Evidence
 from jinv.net import Net
-from jinv.objective import weigh
+from jinv.objective import gradient_matching, priors
+from jinv.objective.gradient_matching import Match
+from jinv.objective.terms import weigh
 
 Distance = Literal["l2", "squared_l2", "cosine"]
 Optimiser = Literal["adam", "lbfgs"]
@@ -137,13 +138,14 @@ class Execution:
         defence, `images_at_once`. Convolutions are slow there with a kernel for every seed.
       images_at_once: take the gradient so many images at a time, twice, in the memory of those;
         for victims in evaluation mode.
-      gradients: "auto" does not form the large ones (see `jinv.matching`); "formed" forms all.
+      gradients: "auto" does not form the large ones (see `jinv.objective.gradient_matching`);
+        "formed" forms all.
     """
 
     devices: int | None = None
     seeds_at_once: int | None = None
     images_at_once: int | None = None
-    gradients: matching.Form = "auto"
+    gradients: gradient_matching.Form = "auto"
 
     def __post_init__(self) -> None:
         for name in ("seeds_at_once", "images_at_once"):
@@ -160,7 +162,7 @@ def gradient_distance(
 ) -> Array:
     """D(g, g*) over trees of the same structure; `layers` as in `Config`."""
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
-    matches = [matching.between(a, b) for a, b in pairs]
+    matches = [gradient_matching.between(a, b) for a, b in pairs]
     return _distance(matches, _factors(wanted, layers or {}), kind)
 
 
@@ -508,7 +510,7 @@ class _Objective:
                 images, labels = inputs
                 return evidences.loss_and_moments(net, variables, images, labels, evidence.training)
 
-            matches, seen = matching.compare(
+            matches, seen = gradient_matching.compare(
                 loss,
                 evidences.parameters(net, data.variables),
                 data.wanted,
@@ -529,7 +531,7 @@ class _Objective:
         if self.defence is not None:
             found = defences.as_sent(self.defence, found, data.wanted)
         pairs = zip(jax.tree.leaves(found), jax.tree.leaves(data.wanted), strict=True)
-        matches = [matching.between(*pair) for pair in pairs]
+        matches = [gradient_matching.between(*pair) for pair in pairs]
         return _distance(matches, self.factors, self.config.distance), None
 
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from jinv import defences
+from jinv.federated import defences
 from jinv.shadow.config import Config, Privacy
 
 

@@ -28,8 +28,8 @@ from typing import Any, Literal
 import numpy as np
 import tensorstore
 
-from jinv import config as configs
 from jinv.files import write_atomic
+from jinv.runs import config as configs
 
 Dtype = Literal["float32", "bfloat16"]
 METADATA, CONFIG, SUMMARY = "shadows.json", "config.yaml", "summary.json"

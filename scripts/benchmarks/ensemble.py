@@ -15,10 +15,11 @@ import numpy as np
 from benchmarks import timing
 from benchmarks.inversion import ported, problem
 from benchmarks.torch_inversion import JITTER, L2, LR, TV_L2, TorchInversion, torch_network
-from jinv import joint, models, optimise
+from jinv import models, optimise
 from jinv.attacks import deepinversion
 from jinv.net import Net
-from jinv.objective import Member
+from jinv.objective import ensemble
+from jinv.objective.terms import Member
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,7 @@ def attack_on(
     case: Case,
     targets: np.ndarray,
     steps: int,
-    execution: joint.Execution = joint.Execution(devices=1),
+    execution: ensemble.Execution = ensemble.Execution(devices=1),
     *,
     augment: bool = True,
 ) -> deepinversion.Attack:
@@ -141,7 +142,7 @@ def stacked(case: Case, repeats: int, steps: int) -> Iterator[dict]:
     images, targets = problem(case.batch, case.size)
     total = steps * (1 + 3 * repeats)
     plain = attack_on(nets, case, targets, total)
-    stack = joint.Execution(devices=1, networks_at_once=None, stack=True)
+    stack = ensemble.Execution(devices=1, networks_at_once=None, stack=True)
     peers = {"not_stacked": Ours([plain], images)}
     attack = attack_on(nets, case, targets, total, stack)
     rounds = timing.take_turns(attack, jnp.asarray(images), peers, repeats, steps)
@@ -157,10 +158,10 @@ def placed(case: Case, repeats: int, steps: int) -> Iterator[dict]:
     peers = {
         "one_device": Ours([attack_on(nets, case, targets, total)], images),
         "data_parallel": Ours(
-            [attack_on(nets, case, targets, total, joint.Execution(devices, "data"))], images
+            [attack_on(nets, case, targets, total, ensemble.Execution(devices, "data"))], images
         ),
     }
-    attack = attack_on(nets, case, targets, total, joint.Execution(devices, "networks"))
+    attack = attack_on(nets, case, targets, total, ensemble.Execution(devices, "networks"))
     rounds = timing.take_turns(attack, _laid(attack, jnp.asarray(images)), peers, repeats, steps)
     for name in peers:
         yield timing.row(f"{case} on {devices} devices", name, rounds)
@@ -174,7 +175,7 @@ def lean(case: Case, repeats: int, steps: int) -> Iterator[dict]:
     attack = attack_on(nets, case, targets, total)
     attacks = {
         f"{name}={value}": attack_on(
-            nets, case, targets, total, joint.Execution(devices=1, **{name: value})
+            nets, case, targets, total, ensemble.Execution(devices=1, **{name: value})
         )
         for name, value in (("networks_at_once", None), ("images_at_once", 2))
     }

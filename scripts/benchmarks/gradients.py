@@ -35,10 +35,11 @@ from benchmarks.torch_gradients import (
     network,
     sent,
 )
-from jinv import evidence, image, optimise
+from jinv import image, optimise
 from jinv.attacks import gradient_inversion
 from jinv.attacks.gradient_inversion import Attack, Config, Execution
-from jinv.evidence import Evidence
+from jinv.federated import evidence
+from jinv.federated.evidence import Evidence
 from jinv.image import Preprocessing
 from jinv.models.layers import BatchNorm2d, Conv2d, Linear, max_pool
 from jinv.net import Net

@@ -28,7 +28,7 @@ from benchmarks.torch_inversion import (
 from jinv import models, optimise
 from jinv.attacks import deepinversion
 from jinv.net import Net
-from jinv.objective import Member
+from jinv.objective.terms import Member
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,11 +16,11 @@ from jax import Array
 
 from benchmarks import timing
 from benchmarks.gradients import PHOTOGRAPHS, photograph
-from jinv import data, evidence, image
-from jinv.attacks import labels
-from jinv.evidence import Evidence
-from jinv.inversion import Network
+from jinv import data, image
+from jinv.federated import evidence, labels
+from jinv.federated.evidence import Evidence
 from jinv.net import Net
+from jinv.recipes.invert import Network
 
 VICTIM = Path("out/victims/resnet18_slim")
 Batch = tuple[Array, list[int]]

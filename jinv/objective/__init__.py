@@ -1,0 +1,1 @@
+"""What an attack minimises: priors, weighted terms, ensembles of networks, matched gradients."""

@@ -1,0 +1,383 @@
+"""Several networks in one objective: their terms, and where and in what order they are computed.
+
+A `Part` is one network's share of the objective. `build` turns parts into one function of the
+images and a tree of variables that already lie where they are needed. How they are computed
+(`Execution`) changes no value beyond rounding:
+
+- placement "data": every device has every network and an even share of the batch. BatchNorm
+  moments are those of the whole batch.
+- placement "networks": every device has the whole batch and some of the networks. All devices
+  compute at once, each the gradient of its own networks; the sum goes to all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.extend import core
+from jax.sharding import Mesh, PartitionSpec
+
+from jinv import parallel
+from jinv.objective.terms import weigh
+
+NETWORKS = "networks"
+
+Terms = dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One network's share of the objective.
+
+    Attributes:
+      name: of the network.
+      terms: pure `(variables, images, targets) -> {term: raw value}`.
+      weights: of every term.
+      variables: what `terms` reads.
+      example: shapes of images and targets that `terms` takes.
+    """
+
+    name: str
+    terms: Callable[[Any, Array, Array], Terms]
+    weights: Mapping[str, float]
+    variables: Any
+    example: tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]
+
+    def cost(self) -> float:
+        """Floating-point operations of one evaluation, by XLA's count."""
+        lowered = jax.jit(self.terms).lower(_shapes(self.variables), *self.example)
+        return float((lowered.cost_analysis() or {}).get("flops", 1.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How networks are computed; no value depends on it beyond rounding.
+
+    Attributes:
+      devices: how many devices take part; all that are of use by default.
+      placement: "data", "networks" (see the module), or "auto": the one that keeps more devices
+        busy, "data" if both keep as many.
+      networks_at_once: take gradients of so many networks at a time, so that the memory of these is
+        enough; None for all. One after the other is also the fastest on CPU.
+      images_at_once: take gradients of so many images of the whole batch at a time, at the price of
+        one more forward pass; all at once by default. See `microbatch`.
+      stack: compute networks of one architecture as one, vmapped over their weights.
+    """
+
+    devices: int | None = None
+    placement: Literal["auto", "data", "networks"] = "auto"
+    networks_at_once: int | None = 1
+    images_at_once: int | None = None
+    stack: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("networks_at_once", "images_at_once"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where the networks and the batch are.
+
+    Attributes:
+      kind: "data" or "networks".
+      mesh: of the devices that take part.
+      groups: indices of the networks that are computed together, one group a device if `kind` is
+        "networks", else one for all.
+      reason: in words.
+    """
+
+    kind: Literal["data", "networks"]
+    mesh: Mesh
+    groups: tuple[tuple[int, ...], ...]
+    reason: str
+
+    @property
+    def batch(self) -> PartitionSpec:
+        """How arrays with one entry an image lie."""
+        return PartitionSpec(parallel.BATCH if self.kind == "data" else None)
+
+
+def place(parts: Sequence[Part], images: int, execution: Execution) -> Placement:
+    """Choose, or check, where this many images and these networks go.
+
+    Raises:
+      ValueError: what does not fit, and what would.
+    """
+    devices = parallel.devices(execution.devices)
+    count, kind = len(devices), execution.placement
+    at_once = min(execution.images_at_once or images, images)
+    even = max(n for n in range(1, count + 1) if images % n == at_once % n == 0)
+    by_network = min(count, len(parts)) if len(parts) > 1 else 0
+    if kind == "auto":
+        kind = "networks" if by_network > even else "data"
+    used = by_network if kind == "networks" else even
+    if kind == "networks" and used < 2:
+        raise ValueError(
+            "placement 'networks' needs two networks and two devices at least; there are "
+            f"{len(parts)} and {count}"
+        )
+    if used < count and (execution.devices is not None or execution.placement == "data"):
+        raise ValueError(
+            f"{count} devices cannot share {images} images evenly"
+            + (f", {at_once} at once" if at_once < images else "")
+            + (f", nor {len(parts)} networks" if len(parts) > 1 else "")
+            + f": the most that can is --execution.devices {used}"
+        )
+    parallel.check_all_take_part(devices[:used])
+    if kind == "networks":
+        reason = f"{len(parts)} networks on {by_network} of {count} devices, every image on each"
+        groups = _balanced([part.cost() for part in parts], by_network)
+        return Placement(kind, parallel.mesh(NETWORKS, devices[:by_network]), groups, reason)
+    reason = f"{images} images shared by {even} of {count} devices, every network on each"
+    everything = tuple(range(len(parts)))
+    return Placement(kind, parallel.mesh(parallel.BATCH, devices[:even]), (everything,), reason)
+
+
+def _balanced(costs: Sequence[float], count: int) -> tuple[tuple[int, ...], ...]:
+    """The dearest first, each to the device that has least to do so far."""
+    groups: list[list[int]] = [[] for _ in range(count)]
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        min(groups, key=lambda group: sum(costs[j] for j in group)).append(i)
+    return tuple(tuple(sorted(group)) for group in groups)
+
+
+Evaluate = Callable[[Any, Array, Array], tuple[Array, Terms]]
+"""(data, images, targets) -> (weighted sum, {term: raw value}), differentiable once in images."""
+
+
+def build(
+    parts: Sequence[Part], placement: Placement, execution: Execution
+) -> tuple[Evaluate, Any]:
+    """The parts' weighted sum as a function of images, and the data that it reads.
+
+    Terms are called "label[resnet50]" if there are several networks, else "label".
+    """
+    groups = [
+        _Group([_Bundle(bundle, len(parts) > 1) for bundle in _bundles(chosen, execution)])
+        for chosen in ([parts[i] for i in group] for group in placement.groups)
+    ]
+    if placement.kind == "networks":
+        return _on_devices(groups, placement, execution.networks_at_once)
+    (group,) = groups
+    data = parallel.put(placement.mesh, PartitionSpec(), group.variables())
+    if execution.networks_at_once is None or execution.networks_at_once >= len(parts):
+        return group.evaluate, data
+
+    def evaluate(variables: Any, images: Array, targets: Array) -> tuple[Array, Terms]:
+        turns = execution.networks_at_once
+        values, gradient = group.gradient(variables, lax.stop_gradient(images), targets, turns)
+        return _attach(images, weigh(values, group.weights), gradient), values
+
+    return evaluate, data
+
+
+class _Bundle:
+    """Parts of one program, computed as one."""
+
+    def __init__(self, parts: Sequence[Part], qualified: bool) -> None:
+        self.parts = parts
+        self.names = [
+            {term: f"{term}[{part.name}]" if qualified else term for term in part.weights}
+            for part in parts
+        ]
+        self.weights = {
+            names[term]: weight
+            for names, part in zip(self.names, parts, strict=True)
+            for term, weight in part.weights.items()
+        }
+
+    def variables(self) -> Any:
+        if len(self.parts) == 1:
+            return self.parts[0].variables
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *(p.variables for p in self.parts))
+
+    def __call__(self, variables: Any, images: Array, targets: Array) -> Terms:
+        terms = self.parts[0].terms
+        if len(self.parts) == 1:
+            values = terms(variables, images, targets)
+            return {self.names[0][term]: value for term, value in values.items()}
+        stacked = jax.vmap(terms, in_axes=(0, None, None))(variables, images, targets)
+        return {
+            names[term]: values[i]
+            for i, names in enumerate(self.names)
+            for term, values in stacked.items()
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """The bundles that one device computes."""
+
+    bundles: Sequence[_Bundle]
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return {name: w for bundle in self.bundles for name, w in bundle.weights.items()}
+
+    def variables(self) -> tuple[Any, ...]:
+        return tuple(bundle.variables() for bundle in self.bundles)
+
+    def evaluate(self, variables: Any, images: Array, targets: Array) -> tuple[Array, Terms]:
+        values: Terms = {}
+        for bundle, own in zip(self.bundles, variables, strict=True):
+            values |= bundle(own, images, targets)
+        return weigh(values, self.weights), values
+
+    def gradient(
+        self, variables: Any, images: Array, targets: Array, at_once: int | None
+    ) -> tuple[Terms, Array]:
+        """Terms, and the gradient of their weighted sum, `at_once` networks at a time."""
+        values: Terms = {}
+        gradient = jnp.zeros_like(images)
+        for turn in self._turns(at_once):
+            some, own = _Group([self.bundles[i] for i in turn]), [variables[i] for i in turn]
+            (_, terms), more = jax.value_and_grad(some.evaluate, argnums=1, has_aux=True)(
+                own, images, targets
+            )
+            values |= terms
+            gradient = gradient + more
+            # The next turn waits for this one, so that their activations never meet in memory.
+            # Arithmetic, since XLA drops optimisation barriers on CPU.
+            images = images + 0 * jnp.nan_to_num(gradient)
+        return {name: values[name] for name in self.weights}, gradient  # JAX sorts keys
+
+    def _turns(self, at_once: int | None) -> list[list[int]]:
+        """Indices of bundles, as many together as hold at most `at_once` networks."""
+        turns: list[list[int]] = []
+        count = 0
+        for i, bundle in enumerate(self.bundles):
+            count += len(bundle.parts)
+            if not turns or (at_once is not None and count > at_once):
+                turns.append([])
+                count = len(bundle.parts)
+            turns[-1].append(i)
+        return turns
+
+
+def _bundles(parts: Sequence[Part], execution: Execution) -> list[list[Part]]:
+    """Parts of the same program and the same shapes of variables together, if asked for."""
+    if not execution.stack:
+        return [[part] for part in parts]
+    same: dict[Any, list[Part]] = {}
+    for part in parts:
+        same.setdefault(_program(part), []).append(part)
+    size = execution.networks_at_once or len(parts)
+    return [list(some) for found in same.values() for some in _batched(found, size)]
+
+
+def _batched(items: Sequence[Part], size: int) -> Iterator[Sequence[Part]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _program(part: Part) -> tuple[Any, ...]:
+    """Equal for parts that differ in the values of their variables only."""
+    jaxpr = jax.make_jaxpr(part.terms)(_shapes(part.variables), *part.example)
+    return (str(jaxpr), tuple(sorted(part.weights.items())), *_constants(jaxpr))
+
+
+def _constants(program: core.ClosedJaxpr) -> Iterator[bytes]:
+    """Arrays inside a program, whose text leaves them out; those of inner programs too."""
+    yield from (np.asarray(constant).tobytes() for constant in program.consts)
+    for equation in program.jaxpr.eqns:
+        yield from (
+            np.asarray(v.val).tobytes() for v in equation.invars if isinstance(v, core.Literal)
+        )
+        inner = jax.tree.leaves(equation.params, is_leaf=lambda x: isinstance(x, core.ClosedJaxpr))
+        for value in inner:
+            if isinstance(value, core.ClosedJaxpr):
+                yield from _constants(value)
+
+
+def _shapes(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
+@jax.custom_jvp
+def _attach(images: Array, value: Array, gradient: Array) -> Array:
+    """`value`, whose gradient with respect to the images is already known."""
+    return value
+
+
+@_attach.defjvp
+def _attach_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+    _, value, gradient = primals
+    return value, jnp.vdot(gradient, tangents[0])
+
+
+def _on_devices(
+    groups: Sequence[_Group], placement: Placement, at_once: int | None
+) -> tuple[Evaluate, Any]:
+    """Each device takes its own branch of one program, on its own variables."""
+    weights = {name: w for group in groups for name, w in group.weights.items()}
+    names = list(weights)
+    packed, unpack = zip(*(_pack(group.variables()) for group in groups), strict=True)
+
+    def branch(group: _Group, unpack: Callable) -> Callable:
+        def compute(row: Any, images: Array, targets: Array) -> tuple[Array, Array]:
+            values, gradient = group.gradient(unpack(row), images, targets, at_once)
+            nothing = jnp.zeros((), jnp.float32)
+            return jnp.stack([values.get(name, nothing) for name in names]), gradient
+
+        return compute
+
+    branches = [branch(*pair) for pair in zip(groups, unpack, strict=True)]
+
+    def device(rows: Any, images: Array, targets: Array) -> tuple[Array, Array]:
+        row = jax.tree.map(lambda leaf: leaf[0], rows)
+        mine = lax.axis_index(NETWORKS)
+        return lax.psum(lax.switch(mine, branches, row, images, targets), NETWORKS)
+
+    one, every = PartitionSpec(NETWORKS), PartitionSpec()
+    everywhere = jax.shard_map(
+        device,
+        mesh=placement.mesh,
+        in_specs=(one, every, every),
+        out_specs=every,
+        check_vma=False,
+    )
+
+    def evaluate(rows: Any, images: Array, targets: Array) -> tuple[Array, Terms]:
+        vector, gradient = everywhere(rows, lax.stop_gradient(images), targets)
+        values = dict(zip(names, vector, strict=True))
+        return _attach(images, weigh(values, weights), gradient), values
+
+    return evaluate, parallel.put(placement.mesh, one, _rows(packed))
+
+
+def _pack(tree: Any) -> tuple[dict[str, np.ndarray], Callable[[Mapping[str, Array]], Any]]:
+    """A tree as one flat array a dtype, and the way back (from arrays that may be longer)."""
+    leaves, structure = jax.tree.flatten(tree)
+    leaves = [np.asarray(leaf) for leaf in leaves]
+    flat: dict[str, list[np.ndarray]] = {}
+    places = []
+    for leaf in leaves:
+        before = flat.setdefault(str(leaf.dtype), [])
+        places.append((str(leaf.dtype), sum(map(len, before)), leaf.shape))
+        before.append(leaf.ravel())
+
+    def unpack(row: Mapping[str, Array]) -> Any:
+        parts = [row[k][start : start + math.prod(s)].reshape(s) for k, start, s in places]
+        return jax.tree.unflatten(structure, parts)
+
+    return {kind: np.concatenate(parts) for kind, parts in flat.items()}, unpack
+
+
+def _rows(packed: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """One row a device, filled up with zeros to the longest."""
+    rows = {}
+    for kind in dict.fromkeys(kind for arrays in packed for kind in arrays):
+        found = [arrays.get(kind, np.zeros(0, kind)) for arrays in packed]
+        length = max(map(len, found))
+        rows[kind] = np.stack([np.pad(array, (0, length - len(array))) for array in found])
+    return rows

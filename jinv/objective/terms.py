@@ -1,0 +1,95 @@
+"""Weighted terms -> (loss, {name: raw value}); the label losses; networks that count together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jinv.net import Net, Outputs
+from jinv.objective import priors
+
+LabelLoss = Literal["cross_entropy", "target_logit"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """How much one network's terms count.
+
+    Attributes:
+      label: weight of the label loss.
+      batch_norm: weight of the BatchNorm prior.
+      first_bn_multiplier: further weight of the first BatchNorm layer.
+      bn_weighting: see `priors.batch_norm`.
+    """
+
+    label: float = 1.0
+    batch_norm: float = 0.01
+    first_bn_multiplier: float = 10.0
+    bn_weighting: priors.LayerWeighting = "published"
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A network in the objective."""
+
+    net: Net
+    weights: Weights = Weights()
+
+
+def weigh(values: Mapping[str, Array], weights: Mapping[str, float]) -> Array:
+    """sum_k weights[k] values[k]; every value needs its weight."""
+    return sum((weights[name] * value for name, value in values.items()), jnp.zeros(()))
+
+
+def label_loss(
+    logits: Array, targets: Array, kind: LabelLoss = "cross_entropy", temperature: float = 1.0
+) -> Array:
+    """Mean over the batch of H(softmax(logits / T), y), or of -logits[y].
+
+    Args:
+      logits: (B, classes).
+      targets: (B,) class indices.
+      kind: "cross_entropy" or "target_logit".
+      temperature: T, of the cross-entropy only.
+    """
+    if kind == "cross_entropy":
+        log_probability = jax.nn.log_softmax(logits / temperature)
+        return -jnp.take_along_axis(log_probability, targets[:, None], axis=1).mean()
+    if kind == "target_logit":
+        return -jnp.take_along_axis(logits, targets[:, None], axis=1).mean()
+    raise ValueError(f"no label loss is called {kind!r}")
+
+
+def term_weights(member: Member) -> dict[str, float]:
+    """Weights of the terms that one network adds; a term of weight 0 is none."""
+    weights = {"label": member.weights.label}
+    if member.net.statistics:
+        weights["batch_norm"] = member.weights.batch_norm
+    return {name: weight for name, weight in weights.items() if weight}
+
+
+def network_terms(
+    member: Member,
+    outputs: Outputs,
+    variables: Mapping,
+    targets: Array,
+    kind: LabelLoss,
+    temperature: float,
+) -> dict[str, Array]:
+    """Raw values of the terms that one network adds."""
+    terms, wanted = {}, term_weights(member)
+    if "label" in wanted:
+        terms["label"] = label_loss(outputs.logits, targets, kind, temperature)
+    if "batch_norm" in wanted:
+        terms["batch_norm"] = priors.batch_norm(
+            outputs.moments,
+            member.net.running_moments(variables),
+            first_multiplier=member.weights.first_bn_multiplier,
+            weighting=member.weights.bn_weighting,
+        )
+    return terms

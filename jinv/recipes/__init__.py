@@ -1,0 +1,1 @@
+"""The commands, one file each: config -> loaded -> run -> files and summary."""

@@ -1,0 +1,1 @@
+"""Pages and curves that people look at."""

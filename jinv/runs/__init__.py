@@ -1,0 +1,1 @@
+"""How long work is run: configs, folders, checkpoints, progress, studies, command lines."""

@@ -1,0 +1,419 @@
+"""Gradient matching as torch's double backward computes it; groups, noise, what is found."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_evidence import double, ported, torch_network
+
+import tiny
+from jinv import models, optimise
+from jinv.attacks import gradient_inversion
+from jinv.attacks.gradient_inversion import PRESETS, Attack, Config, Execution
+from jinv.federated import defences, evidence, labels
+from jinv.federated.defences import Defence
+from jinv.federated.evidence import Local
+from jinv.image import denormalise, normalise
+from jinv.net import Net
+
+KEY = jax.random.key(3)
+PLAIN: dict[str, Any] = {
+    "steps": 1,
+    "warmup": 1,
+    "seeds": 1,
+    "noise": 0.0,
+    "clip": False,
+    "gradient": 1.0,
+}
+
+
+def first_step(attack: Attack, images: Any) -> tuple[optimise.State, optimise.Info]:
+    phase = attack.phases[0]
+    return jax.jit(phase.step)(KEY, phase.enter(jnp.asarray(images), 0), attack.data)
+
+
+def torch_distance(found: list[Any], wanted: list[Any], kind: str) -> Any:
+    import torch
+
+    pairs = list(zip(found, wanted, strict=True))
+    if kind == "l2":
+        return sum((a - b).norm() for a, b in pairs)
+    if kind == "squared_l2":
+        return sum((a - b).square().sum() for a, b in pairs)
+    ours = torch.cat([a.flatten() for a, _ in pairs])
+    theirs = torch.cat([b.flatten() for _, b in pairs])
+    return 1 - ours @ theirs / (ours.norm() * theirs.norm())
+
+
+@pytest.mark.parametrize(
+    ("name", "training", "distance"),
+    [
+        ("resnet18", False, "l2"),
+        pytest.param("resnet18", True, "cosine", marks=pytest.mark.slow),
+        pytest.param("mobilenet_v2", False, "squared_l2", marks=pytest.mark.slow),
+        pytest.param("mobilenet_v2", True, "l2", marks=pytest.mark.slow),
+    ],
+)
+def test_loss_and_image_gradient_equal_torch(name: str, training: bool, distance: str) -> None:
+    """In double precision: the gradient's distance, differentiated again with respect to images."""
+    torch = pytest.importorskip("torch")
+    network = torch_network(name, 5).train(training)
+    if name == "mobilenet_v2":
+        state = torch_weights_of_the_package(network)
+        network.load_state_dict(state)
+    rng = np.random.default_rng(0)
+    secret, images = rng.normal(size=(2, 2, 32, 40, 3))
+    classes = [3, 1]
+
+    with jax.enable_x64(True):
+        net = ported(name, network, 5)
+        net = dataclasses.replace(net, variables=double(net))
+        held, _ = evidence.simulate(net, jnp.asarray(secret), classes, training=training)
+        config = Config(distance=distance, tv_l2=2e-3, l2=1e-2, **PLAIN)  # type: ignore[arg-type]
+        attack = gradient_inversion.build(config, net, held, classes, size=(32, 40))
+        state, info = first_step(attack, images[None])
+        ours = np.asarray(optax.tree.get(state.optimiser, "mu"))[0] / 0.1
+
+    def gradients(x: Any, graph: bool) -> list[Any]:
+        loss = torch.nn.functional.cross_entropy(network(x), torch.tensor(classes))
+        return list(torch.autograd.grad(loss, list(network.parameters()), create_graph=graph))
+
+    wanted = [g.detach() for g in gradients(nchw(secret), False)]
+    x = nchw(images).requires_grad_()
+    matching = torch_distance(gradients(x, True), wanted, distance)
+    variation = sum(
+        d.norm()
+        for d in (
+            x[..., :-1] - x[..., 1:],
+            x[:, :, :-1] - x[:, :, 1:],
+            x[:, :, 1:, :-1] - x[:, :, :-1, 1:],
+            x[:, :, :-1, :-1] - x[:, :, 1:, 1:],
+        )
+    )
+    loss = matching + 2e-3 * variation + 1e-2 * x.flatten(1).norm(dim=1).mean()
+    loss.backward()
+    theirs = x.grad.numpy().transpose(0, 2, 3, 1)
+    assert float(info.terms["gradient"]) == pytest.approx(matching.item(), rel=1e-6)
+    assert float(info.loss) == pytest.approx(loss.item(), rel=1e-6)
+    assert np.linalg.norm(ours - theirs) < 1e-5 * np.linalg.norm(theirs)
+
+
+def nchw(images: np.ndarray) -> Any:
+    import torch
+
+    return torch.tensor(images.transpose(0, 3, 1, 2).copy())
+
+
+def torch_weights_of_the_package(network: Any) -> dict[str, Any]:
+    """Real weights but for the head, whose classes are fewer here."""
+    import torch
+
+    import weights_convert
+
+    try:
+        path = models.packaged_weights("mobilenet_v2")
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    real = {key: torch.tensor(value) for key, value in weights_convert.read(path).items()}
+    return network.state_dict() | {k: v for k, v in real.items() if not k.startswith("classifier")}
+
+
+# --- what the settings do ------------------------------------------------------------------------
+
+
+def small(**settings: Any) -> tuple[Any, Any, Any]:
+    """A tiny network, evidence of two images, and the secret."""
+    net = tiny.network(classes=7)
+    images = 0.5 * tiny.noise((2, 16, 16, 3), seed=4)
+    held, secret = evidence.simulate(net, images, [2, 5], **settings)
+    return net, held, secret
+
+
+def run(attack: Attack) -> tuple[optimise.State, dict[str, np.ndarray]]:
+    return tiny.run(attack, noise=2)
+
+
+def test_the_secret_itself_has_distance_zero() -> None:
+    for settings in ({}, {"training": True}, {"local": Local(0.1, ((0, 1), (1, 0)))}):
+        net, held, secret = small(**settings)
+        config = Config(**PLAIN | {"tv_l2": 0.0, "l2": 0.0})
+        attack = gradient_inversion.build(config, net, held, [2, 5])
+        _, info = first_step(attack, secret.images[None])
+        other = first_step(attack, tiny.noise((1, 2, 16, 16, 3)))[1]
+        assert float(info.loss) < 1e-4 * float(other.loss)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"training": True}, {"local": Local(0.05, ((0,), (1,), (0, 1), (1,)))}],
+    ids=["gradient", "training", "local steps"],
+)
+def test_matching_brings_the_distance_down(settings: dict[str, Any]) -> None:
+    net, held, _ = small(**settings)
+    config = Config(**PLAIN | {"steps": 150, "tv_l2": 0.0, "l2": 0.0, "lr": 0.05})
+    _, metrics = run(gradient_inversion.build(config, net, held, [2, 5]))
+    assert metrics["gradient"][-1] < 0.5 * metrics["gradient"][0]
+
+
+def test_candidates_are_independent_without_a_group() -> None:
+    """Three seeds at once are three runs, each with its own best images."""
+    net, held, _ = small()
+    config = Config(**PLAIN | {"steps": 12, "seeds": 3, "group": 0.0, "lr": 0.05})
+    attack = gradient_inversion.build(config, net, held, [2, 5])
+    together, _ = run(attack)
+    assert together.best_loss.shape == (3,)
+    initial = np.asarray(attack.initial(jax.random.key(2)))
+    for i in range(3):
+        alone = gradient_inversion.build(dataclasses.replace(config, seeds=1), net, held, [2, 5])
+        state = optimise.run(
+            alone.phases, jax.random.key(1), jnp.asarray(initial[i : i + 1]), alone.data
+        )
+        np.testing.assert_allclose(together.images[i], state.images[0], atol=1e-4)
+        np.testing.assert_allclose(together.best_loss[i], state.best_loss[0], rtol=1e-4)
+
+
+def test_every_seed_may_have_its_own_labels() -> None:
+    """Which image of a local step has which class: the right order has distance 0."""
+    net, held, secret = small(local=Local(0.5, ((0,), (1,))))
+    config = Config(**PLAIN | {"seeds": 2, "group": 0.0})
+    attack = gradient_inversion.build(config, net, held, [[2, 5], [5, 2]])
+    right, wrong = attack.distances(jnp.stack([secret.images] * 2), attack.data)
+    assert right < 1e-4 * wrong
+
+
+def test_a_group_draws_together_once_it_has_a_consensus() -> None:
+    net, held, _ = small()
+    base = PLAIN | {"steps": 60, "seeds": 4, "group_from": 20, "group_every": 10, "lr": 0.05}
+    spread = {}
+    for weight in (0.0, 1.0):
+        config = Config(**base | {"group": weight, "gradient": 0.01})
+        state, metrics = run(gradient_inversion.build(config, net, held, [2, 5], register=None))
+        spread[weight] = float(np.std(np.asarray(state.images), axis=0).mean())
+        if weight:
+            assert metrics["group"][25] < metrics["group"][20]
+    assert spread[1.0] < 0.5 * spread[0.0]
+
+
+def test_a_users_own_registration_is_called() -> None:
+    net, held, _ = small()
+    config = Config(
+        **PLAIN | {"steps": 3, "seeds": 2, "group_from": 1, "group_every": 1, "group": 1.0}
+    )
+
+    def nowhere(images: jax.Array, reference: jax.Array) -> jax.Array:
+        return jnp.full_like(images, 7.0)
+
+    state, _ = run(gradient_inversion.build(config, net, held, [2, 5], register=nowhere))
+    np.testing.assert_allclose(state.memory, 7.0)
+
+
+def test_noise_kicks_as_much_as_the_schedule_says() -> None:
+    net, held, _ = small()
+    quiet = Config(**PLAIN | {"lr": 0.1, "steps": 2, "warmup": 1})
+    attacks = [
+        gradient_inversion.build(dataclasses.replace(quiet, noise=a), net, held, [2, 5])
+        for a in (0.0, 0.3)
+    ]
+    images = attacks[0].initial(KEY)
+    still, moved = (np.asarray(first_step(attack, images)[0].images) for attack in attacks)
+    assert np.std(moved - still) == pytest.approx(0.3 * 0.1, rel=0.05)
+
+
+def test_bn_alone_needs_no_gradient() -> None:
+    """The ablation: with exact statistics, and the gradient's weight 0."""
+    net, held, _ = small(statistics="exact")
+    config = Config(**PLAIN | {"gradient": 0.0, "steps": 100, "lr": 0.05, "batch_norm": 1.0})
+    _, metrics = run(gradient_inversion.build(config, net, held, [2, 5]))
+    assert "gradient" not in metrics
+    assert metrics["batch_norm"][-1] < 0.2 * metrics["batch_norm"][0]
+
+
+def test_layers_count_by_the_beginning_of_their_names() -> None:
+    wanted = {"a": {"w": jnp.ones(4), "b": jnp.ones(1)}, "c": jnp.ones(9)}
+    found = jax.tree.map(jnp.zeros_like, wanted)
+
+    def distance(**layers: float) -> float:
+        return float(gradient_inversion.gradient_distance(found, wanted, "l2", layers))
+
+    assert distance() == pytest.approx(2 + 1 + 3)
+    assert distance(a=0) == pytest.approx(3)
+    assert distance(**{"a": 0, "a.b": 5}) == pytest.approx(5 + 3)
+
+
+@pytest.mark.parametrize("kind", ["l2", "squared_l2", "cosine"])
+def test_the_program_grows_with_the_layers_not_with_their_square(kind: Any) -> None:
+    """Sums over layers are computed once, not in every layer's gradient again."""
+
+    def additions(layers: int) -> int:
+        wanted = [jnp.full((8, 8), i + 1.0) for i in range(layers)]
+
+        def distance(x: jax.Array) -> jax.Array:
+            found = []
+            for target in wanted:
+                x = jnp.tanh(x @ target)
+                found.append(x * x.mean())
+            return gradient_inversion.gradient_distance(found, wanted, kind)
+
+        program = jax.jit(jax.grad(distance)).lower(jnp.ones((8, 8))).compile()
+        return program.as_text().count(" add(")
+
+    assert additions(40) < 3 * additions(20)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "settings", "message"),
+    [
+        ([2], {}, "2 labels from 0 to 6 are needed"),
+        ([2, 7], {}, "2 labels from 0 to 6 are needed"),
+        ([[2, 5], [5, 2]], {}, "2 labels from 0 to 6 are needed"),
+        ([2, 5], {"execution": Execution(devices=99)}, "99 devices asked for"),
+        ([2, 5], {"execution": Execution(seeds_at_once=3)}, "8 seeds cannot be taken 3 at once"),
+    ],
+)
+def test_what_does_not_fit_is_refused(chosen: Any, settings: Any, message: str) -> None:
+    net, held, _ = small()
+    with pytest.raises(ValueError, match=message):
+        gradient_inversion.build(Config(), net, held, chosen, **settings)
+
+
+def test_what_ties_nothing_to_the_evidence_is_refused() -> None:
+    net, held, _ = small()
+    with pytest.raises(ValueError, match="nothing ties the images to the evidence"):
+        gradient_inversion.build(Config(gradient=0.0), net, held, [2, 5])
+    nothing = dict.fromkeys(held.values, 0.0)
+    with pytest.raises(ValueError, match="every layer's factor is 0"):
+        gradient_inversion.build(Config(layers=nothing), net, held, [2, 5])
+    trained, _ = evidence.simulate(net, tiny.noise((2, 16, 16, 3)), [2, 5], training=True)
+    with pytest.raises(ValueError, match="images do not act on each other"):
+        gradient_inversion.build(
+            Config(), net, trained, [2, 5], execution=Execution(images_at_once=1)
+        )
+
+
+@pytest.mark.parametrize(
+    "execution",
+    [
+        Execution(seeds_at_once=1),
+        Execution(images_at_once=1),
+        Execution(seeds_at_once=2, images_at_once=1),
+        Execution(gradients="formed"),
+    ],
+    ids=lambda e: str({k: v for k, v in dataclasses.asdict(e).items() if v not in (None, "auto")}),
+)
+def test_execution_changes_nothing(execution: Execution) -> None:
+    net, held, _ = small(statistics="exact")
+    config = Config(**PLAIN | {"seeds": 2, "group": 0.0})
+    first = first_step(plain := gradient_inversion.build(config, net, held, [2, 5]), start(plain))
+    attack = gradient_inversion.build(config, net, held, [2, 5], execution=execution)
+    state, info = first_step(attack, start(plain))
+    assert float(info.loss) == pytest.approx(float(first[1].loss), rel=1e-5)
+    np.testing.assert_allclose(state.images, first[0].images, atol=2e-3)
+
+
+def start(attack: Attack) -> jax.Array:
+    return attack.initial(KEY)
+
+
+def test_candidates_whose_objective_changes_forget_their_best_images() -> None:
+    """A consensus adds a term: losses from before it must not win for ever."""
+    net, held, _ = small()
+    config = Config(
+        **PLAIN | {"steps": 12, "seeds": 2, "group": 5.0, "group_from": 6, "group_every": 100}
+    )
+    state, metrics = run(gradient_inversion.build(config, net, held, [2, 5], register=None))
+    assert metrics["loss"][6] > metrics["loss"][5]
+    assert float(state.best_loss.mean()) > metrics["loss"][5]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"steps": 0}, {"seeds": 0}, {"distance": "taxi"}, {"optimiser": "newton"}],
+)
+def test_config_refuses(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        Config(**settings)
+
+
+# --- what comes back -----------------------------------------------------------------------------
+
+
+def drawing() -> tuple[Net, jax.Array, np.ndarray]:
+    """An untrained LeNet, a drawing of 28 px normalised for it, and its pixels."""
+    net = models.load("lenet", None)
+    y, x = np.mgrid[:28, :28]
+    pixels = np.where((abs(x - 14) < 6) & (abs(y - 12) < 9), 0.8, 0.0)
+    pixels = (pixels + 0.2 * (np.hypot(x - 14, y - 20) < 5))[None, :, :, None]
+    return net, normalise(jnp.asarray(pixels, jnp.float32), net.preprocessing), pixels
+
+
+def test_an_image_comes_back_from_its_gradient() -> None:
+    """With its label, to 30 dB: a drawing of 28 px."""
+    net, secret, pixels = drawing()
+    held, _ = evidence.simulate(net, secret, [4])
+    found = labels.as_list(labels.restore(labels.head_of(net, held)))
+    assert found == [4]
+    config = Config(**PLAIN | {"steps": 1200, "warmup": 20, "tv_l2": 0.0, "l2": 0.0, "clip": True})
+    state, _ = run(gradient_inversion.build(config, net, held, found))
+    error = np.asarray(denormalise(state.best_images[0], net.preprocessing)) - pixels
+    assert -10 * np.log10(np.mean(error**2)) > 30
+
+
+def test_labels_come_back_with_the_image() -> None:
+    """DLG: L-BFGS over images and labels, every restart for itself; the nearest one is right."""
+    net, secret, pixels = drawing()
+    held, _ = evidence.simulate(net, secret, [4])
+    config = dataclasses.replace(PRESETS["dlg"], steps=100, seeds=2)
+    attack = gradient_inversion.build(config, net, held, None)
+    state, _ = run(attack)
+    found = state.best_images
+    nearest = int(np.argmin(attack.distances(found, attack.data)))
+    assert int(found.labels[nearest, 0].argmax()) == 4
+    error = np.asarray(denormalise(found.images[nearest], net.preprocessing)) - pixels
+    assert -10 * np.log10(np.mean(error**2)) > 10
+
+
+def test_a_known_defence_is_taken_into_account() -> None:
+    """Clipped and pruned: the secret itself has distance 0 for who knows."""
+    net, secret, _ = drawing()
+    held, _ = evidence.simulate(net, secret, [4])
+    defence = Defence(clip=0.5, keep=0.3)
+    sent = defences.apply(defence, KEY, held)
+    losses = []
+    for known in (None, defence):
+        config = Config(**PLAIN | {"tv_l2": 0.0, "l2": 0.0})
+        attack = gradient_inversion.build(config, net, sent, [4], defence=known)
+        losses.append(float(attack.distances(secret[None], attack.data)[0]))
+    assert losses[1] < 1e-3 * losses[0]
+
+
+SHARDED = """
+import json, sys
+sys.path.insert(0, "tests")
+import jax, numpy as np, tiny
+from jinv import optimise
+from jinv.federated import evidence
+from jinv.attacks import gradient_inversion as gi
+net = tiny.network()
+held, _ = evidence.simulate(net, 0.5 * tiny.noise((2, 16, 16, 3), seed=4), [2, 5])
+config = gi.Config(steps=4, warmup=1, seeds=2, group_from=1, group_every=2, noise=0.1)
+found = {}
+for devices in (1, 2, 4):
+    attack = gi.build(config, net, held, [2, 5], execution=gi.Execution(devices=devices))
+    state = optimise.run(
+        attack.phases, jax.random.key(0), attack.initial(jax.random.key(1)), attack.data
+    )
+    assert len(state.images.sharding.device_set) == devices
+    found[devices] = np.asarray(state.images)
+print(json.dumps([float(abs(found[1] - found[n]).max()) for n in (2, 4)]))
+"""
+
+
+def test_seeds_and_images_over_devices_change_nothing(run_python: Any) -> None:
+    """2 seeds on 2 devices; 2 seeds of 2 images on 4."""
+    assert max(run_python(SHARDED)) < 1e-3

@@ -1,0 +1,220 @@
+"""Label counts out of the last layer's gradient, exact where the theory says so."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tiny
+from jinv import models
+from jinv.federated import evidence, labels
+from jinv.federated.evidence import Evidence, Local
+from jinv.federated.labels import Head
+
+
+def head_of(
+    features: np.ndarray,
+    chosen: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray | None,
+    probabilities: np.ndarray | None = None,
+) -> Head:
+    """The head's gradient by its formula, in float64."""
+    logits = features @ weight + (0 if bias is None else bias)
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    residual = (p - np.eye(weight.shape[1])[chosen]) / len(chosen)
+    gradient = None if bias is None else residual.sum(0)
+    return Head(weight, features.T @ residual, len(chosen), bias, gradient, probabilities)
+
+
+def problem(
+    seed: int, images: int = 12, classes: int = 20, scale: float = 0.01
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    features = np.abs(rng.normal(1, 0.3, (images, 30)))
+    chosen = rng.integers(0, classes, images)
+    return (
+        features,
+        chosen,
+        scale * rng.normal(size=(30, classes)),
+        scale * rng.normal(size=classes),
+    )
+
+
+@pytest.mark.parametrize("method", ["identity", "ilrg", "llg"])
+def test_counts_with_repeats_are_exact_for_an_untrained_head(method: str) -> None:
+    for seed in range(20):
+        features, chosen, weight, bias = problem(seed)
+        found = labels.restore(head_of(features, chosen, weight, bias), method)
+        np.testing.assert_array_equal(found, np.bincount(chosen, minlength=20))
+
+
+@pytest.mark.parametrize("method", ["identity", "llg"])
+def test_counts_without_a_bias(method: str) -> None:
+    hits = 0
+    for seed in range(20):
+        features, chosen, weight, _ = problem(seed)
+        found = labels.restore(head_of(features, chosen, weight, None), method)
+        assert found.sum() == 12
+        hits += np.array_equal(found, np.bincount(chosen, minlength=20))
+    assert hits >= 18
+
+
+def test_the_identity_is_exact_whatever_the_head_says_if_its_predictions_are_known() -> None:
+    """n_c = sum_k p_kc - K db_c: also for a head that is sure of itself."""
+    for seed in range(20):
+        features, chosen, weight, bias = problem(seed, scale=1.0)
+        logits = features @ weight + bias
+        p = np.exp(logits - logits.max(1, keepdims=True))
+        mean = (p / p.sum(1, keepdims=True)).mean(0)
+        found = labels.restore(head_of(features, chosen, weight, bias, mean), "identity")
+        np.testing.assert_array_equal(found, np.bincount(chosen, minlength=20))
+
+
+def test_the_minimum_finds_classes_that_occur_once() -> None:
+    for seed in range(20):
+        features, _, weight, bias = problem(seed)
+        chosen = np.random.default_rng(seed).permutation(20)[:12]
+        found = labels.restore(head_of(features, chosen, weight, bias), "minimum")
+        np.testing.assert_array_equal(found, np.bincount(chosen, minlength=20))
+
+
+@pytest.mark.parametrize("method", labels.METHODS)
+def test_counts_are_whole_and_sum_to_the_batch(method: str) -> None:
+    """Also where nothing fits: noise for a gradient, more images than classes."""
+    rng = np.random.default_rng(0)
+    for images, classes in ((1, 5), (7, 5), (64, 10)):
+        head = Head(
+            rng.normal(size=(8, classes)),
+            rng.normal(size=(8, classes)),
+            images,
+            rng.normal(size=classes),
+            rng.normal(size=classes),
+        )
+        found = labels.restore(head, method)
+        assert found.dtype.kind == "i"
+        assert found.sum() == images
+        assert found.min() >= 0
+        assert len(labels.as_list(found)) == images
+
+
+def test_resnet18_untrained_gives_away_every_label_of_64() -> None:
+    """1000 classes, repeats in every batch: 50 batches of 50."""
+    net = models.load("resnet18", None)
+    fc = jax.device_get(net.variables["fc"])
+
+    @jax.jit
+    def gradient(variables: dict, images: jax.Array, chosen: jax.Array) -> dict:
+        features = net.apply(variables, images).features
+
+        def loss(head: dict) -> jax.Array:
+            log_p = jax.nn.log_softmax(features @ head["weight"] + head["bias"])
+            return -jnp.take_along_axis(log_p, chosen[:, None], 1).mean()
+
+        return jax.grad(loss)(variables["fc"])
+
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        chosen = rng.integers(0, 1000, 64)
+        chosen[:20] = rng.choice(chosen[40:], 20)
+        images = rng.normal(size=(64, 32, 32, 3)).astype(np.float32)
+        found = jax.device_get(gradient(net.variables, images, chosen))
+        head = Head(fc["weight"], found["weight"], 64, fc["bias"], found["bias"])
+        truth = np.bincount(chosen, minlength=1000)
+        for method in ("identity", "ilrg", "llg"):
+            np.testing.assert_array_equal(labels.restore(head, method), truth, err_msg=method)
+
+
+@pytest.mark.parametrize("method", ["identity", "ilrg", "llg"])
+def test_a_clipped_gradient_gives_the_same_counts(method: str) -> None:
+    """Clipping scales by a factor that the attacker does not see."""
+    for seed in range(20):
+        features, chosen, weight, bias = problem(seed)
+        head = head_of(features, chosen, weight, bias)
+        assert head.bias_gradient is not None
+        clipped = dataclasses.replace(
+            head,
+            weight_gradient=0.07 * head.weight_gradient,
+            bias_gradient=0.07 * head.bias_gradient,
+            scaled=True,
+        )
+        truth = np.bincount(chosen, minlength=20)
+        np.testing.assert_array_equal(labels.restore(clipped, method), truth)
+
+
+def test_an_update_is_read_halfway_through_its_steps() -> None:
+    """A head that moves far while the client trains gives more away than its start alone."""
+    net = models.load("lenet", None)
+    local = Local(0.004, ((0, 1), (2, 3), (0, 1), (2, 3)))
+
+    @jax.jit
+    def sent(images: jax.Array, one_hot: jax.Array) -> dict:
+        return evidence.observed(net, net.variables, images, one_hot, local=local)
+
+    exact = {"start": 0, "halfway": 0}
+    for seed in range(12):
+        chosen = np.random.default_rng(seed).integers(0, 10, 4)
+        values = sent(tiny.noise((4, 28, 28, 1), seed), jax.nn.one_hot(chosen, 10))
+        halfway = labels.head_of(net, Evidence(jax.device_get(values), 4, local=local))
+        start = labels.head_of(net, Evidence(jax.device_get(values), 4))
+        start = dataclasses.replace(halfway, weight=start.weight, bias=start.bias)
+        for name, head in (("start", start), ("halfway", halfway)):
+            counts = labels.restore(head, "ilrg")
+            exact[name] += np.array_equal(counts, np.bincount(chosen, minlength=10))
+    assert exact["halfway"] >= exact["start"] + 3
+
+
+def test_orders_are_all_the_ways_to_share_classes_among_batches() -> None:
+    batches = ((0, 1), (2, 3), (0, 1))
+    found = labels.orders([1, 2, 3, 4], batches, most=50)
+    assert found[0] == [1, 2, 3, 4]
+    shared = {(frozenset(way[:2]), frozenset(way[2:])) for way in found}
+    assert len(found) == len(shared) == 6
+    assert len(labels.orders([1, 1, 2, 2], batches, most=50)) == 3
+    assert len(labels.orders([1, 2, 3, 4], ((0, 1, 2, 3),), most=50)) == 1
+    assert len(labels.orders(list(range(8)), batches=tuple((i,) for i in range(8)), most=5)) == 5
+
+
+def test_scores_by_hand() -> None:
+    found, truth = np.asarray([2, 1, 0, 1]), np.asarray([1, 0, 1, 2])
+    assert labels.scores(found, truth) == {
+        "accuracy": 2 / 4,
+        "precision": 2 / 3,
+        "recall": 2 / 3,
+        "exact": 0.0,
+    }
+    assert set(labels.scores(truth, truth).values()) == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight_gradient": np.zeros((3, 5))}, r"gradient is \(3, 5\), its weight \(3, 4\)"),
+        ({"bias_gradient": None}, "a bias and its gradient, or neither"),
+        ({"bias": np.zeros(5)}, r"bias is \(5,\), not \(4,\)"),
+        ({"images": 0}, "at least one image"),
+    ],
+)
+def test_heads_that_do_not_fit_are_refused(settings: dict, message: str) -> None:
+    fitting = {
+        "weight": np.zeros((3, 4)),
+        "weight_gradient": np.zeros((3, 4)),
+        "images": 2,
+        "bias": np.zeros(4),
+        "bias_gradient": np.zeros(4),
+    }
+    with pytest.raises(ValueError, match=message):
+        Head(**(fitting | settings))
+
+
+def test_methods_say_what_they_need() -> None:
+    head = Head(np.zeros((3, 4)), np.ones((3, 4)), 2)
+    with pytest.raises(ValueError, match="this head has none"):
+        labels.restore(head, "ilrg")
+    with pytest.raises(ValueError, match="there are: minimum, identity, ilrg, llg"):
+        labels.restore(head, "guess")

@@ -1,0 +1,201 @@
+"""The command from config to report: what it writes, refuses, and goes on with."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+import weights_convert
+from conftest import ROOT
+from jinv import models
+from jinv.federated import evidence
+from jinv.recipes import invert_gradients
+from jinv.scores import similarity
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import invert_gradients as script  # found through the path above
+
+SUMMARY_KEYS = {
+    *("model", "device", "evidence", "steps", "seeds", "seconds", "seconds_per_step"),
+    *("compile_seconds", "loss", "distance", "distances", "chosen_seed", "terms", "scores"),
+    *("bn_only", "per_image", "not_available", "label_methods", "labels", "files", "versions"),
+}
+SCORES = {"psnr", "ssim", "lpips", "fft_2d", "iip"}
+
+
+def write(folder: Path, tree: dict[str, Any]) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return path
+
+
+def run(*args: Any) -> int:
+    return script.main([str(arg) for arg in args])
+
+
+def pictures(folder: Path, count: int = 2) -> list[str]:
+    rng = np.random.default_rng(0)
+    files = []
+    for i in range(count):
+        coarse = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        files.append(str(folder / f"picture_{i}.png"))
+        Image.fromarray(coarse).resize((20, 20)).save(files[-1])
+    return files
+
+
+def recipe(folder: Path) -> dict[str, Any]:
+    return {
+        "network": {"model": "resnet20_cifar", "weights": "random"},
+        "client": {"files": pictures(folder), "classes": [3, 7], "statistics": "exact"},
+        "labels": "identity",
+        "size": 16,
+        "attack": {"steps": 6, "warmup": 2, "seeds": 2, "group_from": 2, "group_every": 2},
+        "run": {"chunk": 2, "pictures_every": 4, "scores_every": 4, "checkpoint_every": 3},
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    out = folder / "out"
+    assert run("--config", write(folder, recipe(folder)), "--out", out) == 0
+    return out
+
+
+def test_writes_what_it_promises(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    assert set(summary) == SUMMARY_KEYS
+    assert set(summary["scores"]) == set(summary["bn_only"]) == SCORES
+    assert summary["scores"]["lpips"] is None
+    assert "vgg16" in summary["not_available"]["lpips"]
+    assert summary["labels"]["truth"] == [3, 7]
+    assert set(summary["label_methods"]) == {"minimum", "identity", "ilrg", "llg"}
+    assert summary["evidence"]["statistics"] == "exact"
+    assert summary["chosen_seed"] == int(np.argmin(summary["distances"]))
+    assert set(summary["terms"]) == {"gradient", "batch_norm", "tv_l2", "l2", "group"}
+    assert sorted(p.name for p in (finished / "images").iterdir()) == [
+        "000_reconstruction.png",
+        "001_reconstruction.png",
+    ]
+    assert Image.open(finished / "grid.png").size == (2 + 2 * 18, 2 + 3 * 18)
+    page = (finished / "report.html").read_text()
+    for words in ("BatchNorm statistics alone", "not available", "linear assignment", "ilrg"):
+        assert words in page
+
+
+def test_scores_are_those_of_the_pictures_it_wrote(finished: Path) -> None:
+    """PSNR, computed again from the files, in the originals' order."""
+    summary = json.loads((finished / "summary.json").read_text())
+    tree = yaml.safe_load((finished / "config.yaml").read_text())
+    truth = invert_gradients.Leakage(invert_gradients.recipe_from(tree)).truth
+    files = sorted((finished / "images").iterdir())
+    found = np.stack([np.asarray(Image.open(file)) / 255 for file in files])
+    # The files are rounded to bytes, the scores are not.
+    np.testing.assert_allclose(
+        summary["per_image"]["psnr"], similarity.psnr(found, truth), atol=0.02
+    )
+
+
+def test_a_finished_run_is_kept(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = finished.parent / "recipe.yaml"
+    before = (finished / "summary.json").read_bytes()
+    assert run("--config", config, "--out", finished) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert run("--config", config, "--out", finished, "--resume") == 0
+    assert (finished / "summary.json").read_bytes() == before
+
+
+@pytest.fixture
+def captured(tmp_path: Path) -> Path:
+    """Evidence of a real client, as files."""
+    net = models.load("lenet", None)
+    rng = np.random.default_rng(0)
+    held, _ = evidence.simulate(net, rng.normal(size=(1, 28, 28, 1)).astype(np.float32), [6])
+    evidence.save(tmp_path / "client", held)
+    return tmp_path / "client"
+
+
+def lenet(**more: Any) -> dict[str, Any]:
+    attack = {"preset": "dlg", "optimiser": "adam", "distance": "l2", "steps": 3}
+    return {"network": {"model": "lenet", "weights": "random"}, "attack": attack, **more}
+
+
+def test_evidence_of_a_real_client_is_attacked_without_its_images(
+    tmp_path: Path, captured: Path
+) -> None:
+    config = write(tmp_path, lenet(evidence=str(captured)))
+    assert run("--config", config, "--out", tmp_path / "out") == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["labels"] == {"method": "ilrg", "restored": [6]}
+    assert summary["scores"] is summary["bn_only"] is summary["per_image"] is None
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda s: s.pop("values.fc.0.bias"), "fc.0.bias"),
+        (lambda s: s.update({"values.body.0.weight": np.zeros((2, 2))}), "body.0.weight"),
+        (lambda s: s["values.fc.0.weight"].fill(np.nan), "fc.0.weight"),
+    ],
+    ids=["missing", "misshaped", "not a number"],
+)
+def test_wrong_evidence_is_refused_by_the_layers_name(
+    damage: Any, words: str, tmp_path: Path, captured: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = captured.with_suffix(".safetensors")
+    state = {name: np.array(value) for name, value in weights_convert.read(file).items()}
+    damage(state)
+    weights_convert.write(file, state)
+    config = write(tmp_path, lenet(evidence=str(captured)))
+    assert run("--config", config, "--out", tmp_path / "out") == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sweep_compares_defences(tmp_path: Path) -> None:
+    """Points of a curve by their names; the plain variant is the line across."""
+    Image.fromarray(np.full((30, 30), 90, np.uint8)).save(tmp_path / "gray.png")
+    tree = lenet(
+        client={"files": [str(tmp_path / "gray.png")], "classes": [4], "statistics": "none"},
+        variants={
+            "none": {},
+            "noise 0.1": {"client": {"defence": {"clip": 1, "noise_multiplier": 0.1}}},
+            "noise 1": {"client": {"defence": {"clip": 1, "noise_multiplier": 1.0}}},
+        },
+    )
+    assert run("--config", write(tmp_path, tree), "--out", tmp_path / "out") == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert set(summary) == {"runs", "variants", "seconds"}
+    assert list(summary["variants"]) == ["none", "noise 0.1", "noise 1"]
+    for found in summary["variants"].values():
+        assert set(found) == {"trials", "psnr", "ssim", "iip", "labels", "epsilon"}
+    epsilons = [found["epsilon"] for found in summary["variants"].values()]
+    assert epsilons[0] is None
+    assert epsilons[1] > epsilons[2] > 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Leakage against strength" in page
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"client": None}, "a client to simulate, or evidence"),
+        ({"labels": "guess"}, "labels"),
+        ({"client": {"files": ["nowhere.png"]}}, "nowhere.png"),
+        ({"client": {"defence": {"noise_multiplier": 1.0}}}, "noise_multiplier is in units"),
+    ],
+)
+def test_mistakes_are_told(
+    changes: dict[str, Any], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = lenet() | changes
+    assert run("--config", write(tmp_path, tree), "--out", tmp_path / "out") == 2
+    assert words in capsys.readouterr().err

@@ -1,0 +1,106 @@
+"""Recipes: what YAML can say, and what it must not."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from conftest import ROOT
+from jinv.recipes import extract_features, invert, invert_gradients, pretrain, train_shadow_models
+from jinv.runs import config, study
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    rate: float = 0.1
+    kind: Literal["a", "b"] = "a"
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    count: int
+    inner: Inner = dataclasses.field(default_factory=Inner)
+    many: tuple[Inner, ...] = ()
+    limit: float | None = None
+    names: Literal["all"] | tuple[int, ...] = "all"
+
+
+def test_plain_is_the_inverse_of_build() -> None:
+    outer = Outer(3, Inner(0.5, "b"), (Inner(), Inner(2.0)), None, (1, 2))
+    assert config.build(Outer, config.plain(outer)) == outer
+
+
+def test_numbers_as_people_write_them(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("count: 2\nlimit: 1e-4\ninner: {rate: 3}\nnames: [4, 5]\n")
+    outer = config.build(Outer, config.read_yaml(path))
+    assert outer == Outer(2, Inner(3.0), (), 1e-4, (4, 5))
+    assert isinstance(outer.inner.rate, float)
+
+
+@pytest.mark.parametrize(
+    ("tree", "blamed"),
+    [
+        ({"count": 1, "cuont": 2}, "cuont"),
+        ({"count": 1, "inner": {"rte": 2}}, "rte"),
+        ({}, "count"),
+        ({"count": "one"}, "count"),
+        ({"count": 1.5}, "count"),
+        ({"count": 1, "inner": {"rate": "fast"}}, "rate"),
+        ({"count": 1, "inner": {"kind": "c"}}, "kind"),
+        ({"count": 1, "many": [{"rate": 1, "oops": 2}]}, "oops"),
+        ({"count": 1, "limit": True}, "number is wanted, not True"),
+    ],
+)
+def test_mistakes_are_named(tree: dict, blamed: str) -> None:
+    with pytest.raises(config.ConfigError, match=blamed):
+        config.build(Outer, tree)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "", "!!python/name:os.system", "\x00"])
+def test_files_that_are_no_config(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(config.ConfigError, match=r"bad\.yaml"):
+        config.read_yaml(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(config.ConfigError, match=r"gone\.yaml"):
+        config.read_yaml(tmp_path / "gone.yaml")
+
+
+def test_differences_name_nested_keys() -> None:
+    left = config.plain(Outer(1, Inner(0.5)))
+    right = config.plain(Outer(2, Inner(0.5, "b")))
+    assert config.differences(left, right) == [
+        "count (1 against 2)",
+        "inner.kind ('a' against 'b')",
+    ]
+    assert config.differences(left, left) == []
+
+
+RECIPES = {
+    "pretrain": lambda tree: config.build(pretrain.Recipe, tree),
+    "features": lambda tree: config.build(extract_features.Recipe, tree),
+    "shadow": lambda tree: config.build(train_shadow_models.Recipe, tree),
+    "gradients": invert_gradients.recipe_from,
+}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_config_reads_and_says_what_it_reproduces(path: Path) -> None:
+    tree = config.read_yaml(path)
+    variants = tree.pop("variants", {})
+    recipe_from = RECIPES.get(path.stem.split("_")[0], invert.recipe_from)
+    recipe = recipe_from(tree)
+    if recipe_from in (invert_gradients.recipe_from, invert.recipe_from):
+        assert study.runs(recipe, variants, recipe_from)
+    header = path.read_text().split("\n#\n")[1]
+    for word in ("# Paper:  ", "\n# Command: ", "\n# Hardware: ", "\n# Expected: "):
+        assert word in header
+    assert "MINUTES" not in header
+    assert "EXPECTED" not in header
