@@ -116,6 +116,7 @@ class Net:
           **call: further keyword arguments of the call.
         """
         model = nnx.clone(model)
+        _watch(model)
         model.eval()
         # Random keys (dropout's) play no part in inference: no variables that attacks could see.
         graphdef, rngs, state = nnx.split(model, nnx.RngState, ...)  # type: ignore[misc]
@@ -124,8 +125,7 @@ class Net:
 
         def forward(graphdef: Any, variables: Variables, images: Array, record: _Record) -> Array:
             fresh = nnx.merge(graphdef, rngs, variables)
-            for path, module in list(nnx.iter_modules(fresh)):
-                _watch_nnx(module, path, record)
+            _hand_out(record, fresh)
             return fresh(images, **call)
 
         return _build(
@@ -241,29 +241,65 @@ def _moments_jvp(
     return (mean, var), (dmean, 2 * ((x * dx).mean(axes) - mean * dmean))
 
 
-def _watch_nnx(module: nnx.Module, path: Path, record: _Record) -> None:
-    """Make this one instance tell `record` its input; its class stays as it was for others."""
-    original: Any = type(module)
-    if isinstance(module, nnx.BatchNorm):
-        names = ("mean", "var")
-    elif hasattr(module, "running_mean") and hasattr(module, "running_var"):
-        names = ("running_mean", "running_var")
-    elif isinstance(module, nnx.Linear):
-        names = None
-    else:
-        return
+def _watch(model: nnx.Module) -> None:
+    """Give a model's BatchNorm and linear layers classes that tell a record what they see."""
+    for _, module in list(nnx.iter_modules(model)):
+        statistics = _statistics_names(module)
+        if statistics is not None or isinstance(module, nnx.Linear):
+            module.__class__ = _watched(type(module), statistics)
 
-    def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Array:
-        inputs = _inputs(self, args, kwargs)
-        if names is None:
-            record.linear(path, inputs)
-        else:
-            record.batch_norm((*path, names[0]), (*path, names[1]), inputs)
+
+def _statistics_names(module: nnx.Module) -> tuple[str, str] | None:
+    """Names of a BatchNorm layer's running mean and variance; None of another layer."""
+    if isinstance(module, nnx.BatchNorm):
+        return "mean", "var"
+    if hasattr(module, "running_mean") and hasattr(module, "running_var"):
+        return "running_mean", "running_var"
+    return None
+
+
+@functools.cache  # Flax and JAX register every class of modules for the life of the process
+def _watched(original: Any, statistics: tuple[str, str] | None) -> Any:
+    """The subclass whose instances tell the record that they were given, if any, their input."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Array:
+        seen: _Seen | None = getattr(self, _SEEN, None)
+        if seen is not None:
+            inputs = _inputs(self, args, kwargs)
+            if statistics is None:
+                seen.record.linear(seen.path, inputs)
+            else:
+                mean, var = statistics
+                seen.record.batch_norm((*seen.path, mean), (*seen.path, var), inputs)
         return original.__call__(self, *args, **kwargs)
 
     # `wraps` keeps the signature, which `_inputs` reads.
-    call = functools.wraps(original.__call__)(call)
-    module.__class__ = type(original.__name__, (original,), {"__call__": call})
+    body = {
+        "__call__": functools.wraps(original.__call__)(call),
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        _WATCHED: True,
+    }
+    # A subclass is a pytree or not as its base is, which Flax would not inherit.
+    return type(original)(original.__name__, (original,), body, pytree=original._pytree__is_pytree)
+
+
+_WATCHED, _SEEN = "_jinv_watched", "_jinv_seen"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Seen:
+    """Where a layer of a fresh model tells what it sees."""
+
+    record: _Record
+    path: Path
+
+
+def _hand_out(record: _Record, fresh: nnx.Module) -> None:
+    """Let the watched layers of a model that lives for one call tell this record."""
+    for path, module in list(nnx.iter_modules(fresh)):
+        if hasattr(module, _WATCHED):
+            setattr(module, _SEEN, _Seen(record, path))
 
 
 def _inputs(module: Any, args: tuple, kwargs: Mapping[str, Any]) -> Array:

@@ -5,7 +5,10 @@ What a BatchNorm's input is, is computed here layer by layer, never with `Net`.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -144,8 +147,9 @@ def test_logits_features_and_moments_are_the_networks_own(make: Make) -> None:
 def test_logits_equal_flax_inference_output() -> None:
     model = own_model()
     images = batch()
-    nnx_logits = from_nnx(model)(images).logits
-    linen_logits = from_linen(model)(images).logits
+    nnx_net, linen_net = from_nnx(model), from_linen(model)
+    nnx_logits = nnx_net.apply(nnx_net.variables, images).logits
+    linen_logits = linen_net.apply(linen_net.variables, images).logits
     expected = OwnLinen().apply(linen_variables(model), images, train=False)
     np.testing.assert_array_equal(linen_logits, expected)
     model.eval()
@@ -581,6 +585,74 @@ def test_apply_may_be_transformed_as_a_whole() -> None:
         jax.jit(jax.checkpoint(net))(batch(2)).moments[2].var,
     ):
         np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+# --- programs, classes and memory ----------------------------------------------------------------
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def classes() -> int:
+    """Classes of this process."""
+    gc.collect()
+    return sum(issubclass(type(thing), type) for thing in gc.get_objects())
+
+
+def test_nets_leave_neither_classes_nor_programs_nor_memory_behind() -> None:
+    applies = []
+
+    def build_and_call(times: int) -> None:
+        for seed in range(times):
+            net = from_nnx(own_model())
+            net(batch(seed))
+            applies.append(weakref.ref(net.apply))
+
+    build_and_call(10)
+    known, before = classes(), resident()
+    build_and_call(100)
+    assert classes() == known
+    assert [ref() for ref in applies] == [None] * 110
+    # Its variables are 5 kB, a program of it about 1 MB.
+    assert resident() - before < 20e6
+
+
+def test_tracing_a_net_makes_no_class() -> None:
+    """Not even where nothing is compiled: every call traces."""
+    net = from_nnx(own_model())
+    net.apply(net.variables, batch())
+    known = classes()
+    for seed in range(20):
+        net.apply(net.variables, batch(seed))
+    assert classes() == known
+
+
+def test_a_module_that_is_no_pytree_is_watched_too() -> None:
+    """Its plain list of arrays would be refused in one that is."""
+
+    class Plain(nnx.Module, pytree=False):
+        def __init__(self) -> None:
+            self.running_mean = nnx.BatchStat(jnp.zeros(3))
+            self.running_var = nnx.BatchStat(jnp.ones(3))
+            self.notes = [jnp.zeros(2)]
+
+        def __call__(self, x: Array) -> Array:
+            self.notes = [*self.notes, jnp.zeros(2)]
+            return x
+
+    class Outer(nnx.Module):
+        def __init__(self) -> None:
+            self.norm = Plain()
+
+        def __call__(self, x: Array) -> Array:
+            return self.norm(x).mean((1, 2))
+
+    model = Outer()
+    (found,) = Net.from_nnx(model, SPACE)(batch()).moments
+    np.testing.assert_allclose(found.mean, numpy_moments(batch())[0], rtol=1e-4, atol=1e-5)
+    assert type(model.norm) is Plain
 
 
 # --- errors --------------------------------------------------------------------------------------
