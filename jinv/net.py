@@ -93,8 +93,15 @@ class Net:
         return self.train_apply
 
     def __call__(self, images: Array) -> Outputs:
-        """`apply` with the network's own variables."""
-        return self.apply(self.variables, images)
+        """Return `apply` of the network's own variables, compiled once for every shape of images.
+
+        Networks that share `apply`, such as copies with other variables, share the programs.
+        """
+        return self._compiled(self.variables, images)
+
+    @functools.cached_property
+    def _compiled(self) -> Callable[[Variables, Array], Outputs]:
+        return jax.jit(self.apply)
 
     @staticmethod
     def from_nnx(

@@ -5,6 +5,7 @@ What a BatchNorm's input is, is computed here layer by layer, never with `Net`.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
 from collections.abc import Callable
@@ -588,6 +589,49 @@ def test_apply_may_be_transformed_as_a_whole() -> None:
 
 
 # --- programs, classes and memory ----------------------------------------------------------------
+
+
+@BOTH
+def test_calling_a_net_is_its_apply_compiled(make: Make) -> None:
+    net = make(own_model())
+    for images in (batch(1), batch(2, (2, 12, 10, 3))):
+        expected = net.apply(net.variables, images)
+        for ours, theirs in zip(
+            jax.tree.leaves(net(images)), jax.tree.leaves(expected), strict=True
+        ):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def counting_net() -> tuple[Net, list[tuple[int, ...]]]:
+    """Class c's logit is c times the images' mean; and the shapes that it was traced for."""
+    traced = []
+
+    def apply(variables: Any, images: Array) -> Outputs:
+        traced.append(images.shape)
+        return Outputs(images.mean((1, 2, 3))[:, None] * variables["slope"], None, ())
+
+    return Net("counting", apply, {"slope": jnp.arange(4, dtype=jnp.float32)}, SPACE, 4, ()), traced
+
+
+def test_calling_a_net_traces_once_for_every_shape() -> None:
+    net, traced = counting_net()
+    small = (2, 8, 8, 3)
+    for seed in range(3):
+        for shape in (SHAPE, small):
+            images = batch(seed, shape)
+            expected = np.outer(np.asarray(images, np.float64).mean((1, 2, 3)), range(4))
+            np.testing.assert_allclose(net(images).logits, expected, rtol=1e-4, atol=1e-6)
+    assert traced == [SHAPE, small]
+
+
+def test_copies_of_a_net_with_other_variables_share_its_programs() -> None:
+    net, traced = counting_net()
+    other = dataclasses.replace(
+        net, name="other", variables={"slope": jnp.full(4, 2.0, jnp.float32)}
+    )
+    np.testing.assert_allclose(net(jnp.ones(SHAPE)).logits[0], range(4))
+    np.testing.assert_allclose(other(jnp.ones(SHAPE)).logits[0], np.full(4, 2.0))
+    assert traced == [SHAPE]
 
 
 def resident() -> int:
