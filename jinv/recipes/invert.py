@@ -70,9 +70,6 @@ def _load(model: str, weights: str, classes: int | None, label: str) -> Net:
     return dataclasses.replace(net, name=label)
 
 
-_judge = functools.cache(judging.make_judge)
-
-
 @dataclasses.dataclass(frozen=True)
 class Inverted(Network):
     """A network in the objective, and how much its terms count."""
@@ -229,7 +226,7 @@ class Inversion:
     def predict(self, pixels: np.ndarray) -> dict[str, judging.Prediction]:
         """What each network says."""
         seen = pixels / np.float32(255)
-        return {net.name: _judge(net)(seen) for net in self.nets}
+        return {net.name: judging.make_judge(net)(seen) for net in self.nets}
 
     def score(self, images: np.ndarray) -> dict[str, float]:
         """Each network's top-1."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+import weakref
 from collections.abc import Callable, Sequence
 
 import jax
@@ -13,7 +15,7 @@ from jax import Array
 
 from jinv import image
 from jinv.image import Preprocessing
-from jinv.net import Net
+from jinv.net import Net, Outputs, Variables
 
 PIXELS_RGB = Preprocessing(size=1, mean=(0.0,) * 3, std=(1.0,) * 3)
 PIXELS_GRAY = Preprocessing(size=1, mean=(0.0,), std=(1.0,))
@@ -43,23 +45,36 @@ class Prediction:
 
 
 def make_judge(net: Net) -> Callable[[Array | np.ndarray], Prediction]:
-    """A compiled `pixels (B, H, W, C) in [0, 1] -> Prediction`, at the network's own size.
+    """Return a compiled `pixels (B, H, W, C) in [0, 1] -> Prediction`, at the network's own size.
 
-    Pixels are clipped to [0, 1] and resampled (bicubic) to what the network was trained on.
+    Pixels are clipped to [0, 1] and resampled (bicubic) to what the network was trained on. All
+    judges of one network share its programs, which last as long as the network.
     """
-
-    @jax.jit
-    def predict(variables: dict, pixels: Array) -> tuple[Array, Array | None]:
-        resized = image.resize(jnp.clip(pixels, 0, 1), net.preprocessing.size, "bicubic")
-        space = PIXELS_GRAY if pixels.shape[-1] == 1 else PIXELS_RGB
-        images = image.convert(jnp.clip(resized, 0, 1), space, net.preprocessing)
-        outputs = net.apply(variables, images)
-        return jax.nn.softmax(outputs.logits), outputs.features
+    if net not in _PREDICT:
+        _PREDICT[net] = jax.jit(functools.partial(_predict, net.apply, net.preprocessing))
+    predict = _PREDICT[net]
 
     def judge(pixels: Array | np.ndarray) -> Prediction:
         return Prediction(*jax.device_get(predict(net.variables, pixels)))
 
     return judge
+
+
+# The values must not hold the keys: they know the network's `apply`, not the network.
+_PREDICT: weakref.WeakKeyDictionary[Net, Callable] = weakref.WeakKeyDictionary()
+
+
+def _predict(
+    apply: Callable[[Variables, Array], Outputs],
+    wanted: Preprocessing,
+    variables: Variables,
+    pixels: Array,
+) -> tuple[Array, Array | None]:
+    """Probabilities and features. No program computes the moments, which nobody asks for."""
+    resized = image.resize(jnp.clip(pixels, 0, 1), wanted.size, "bicubic")
+    space = PIXELS_GRAY if pixels.shape[-1] == 1 else PIXELS_RGB
+    outputs = apply(variables, image.convert(jnp.clip(resized, 0, 1), space, wanted))
+    return jax.nn.softmax(outputs.logits), outputs.features
 
 
 def top1(prediction: Prediction, targets: Sequence[int]) -> float:

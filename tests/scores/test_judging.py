@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import jax.numpy as jnp
@@ -92,6 +94,26 @@ def test_gray_pixels_are_shown_in_three_equal_channels() -> None:
     found, expected = judge(gray), judge(np.repeat(gray, 3, axis=-1))
     np.testing.assert_array_equal(found.index, expected.index)
     np.testing.assert_allclose(found.probability, expected.probability, rtol=1e-5)
+
+
+def test_judges_of_one_network_share_a_program_that_dies_with_it() -> None:
+    traced = []
+
+    def apply(variables: Any, images: Any) -> Outputs:
+        traced.append(images.shape)
+        return Outputs(variables["gain"] * images.mean((1, 2)), None, ())
+
+    variables = {"gain": jnp.asarray(3.0)}
+    net = Net("counting", apply, variables, SPACE, 3, ())
+    pixels = np.random.default_rng(4).random((2, 12, 9, 3), np.float32)
+    first, second = judging.make_judge(net)(pixels), judging.make_judge(net)(pixels)
+    np.testing.assert_array_equal(first.probabilities, second.probabilities)
+    assert traced == [(2, 6, 6, 3)]
+    held, used = weakref.ref(net), weakref.ref(apply)
+    del net, apply
+    gc.collect()
+    assert held() is None
+    assert used() is None
 
 
 def test_gray_judge_sees_gray_pixels() -> None:
