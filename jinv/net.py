@@ -21,6 +21,8 @@ from jax.extend.core import get_opaque_trace_state
 from jinv.image import Preprocessing
 
 Variables = Mapping[Any, Any]
+Parameters = Mapping[Any, Any]
+"""A network's variables without BatchNorm statistics and counters: what training changes."""
 Path = tuple[Any, ...]
 
 
@@ -362,6 +364,35 @@ def _build(
         lambda shape: tuple(traced(shape)[1].counts),
         record.head,
     )
+
+
+def parameters(net: Net, variables: Variables | None = None) -> dict[Any, Any]:
+    """Return the variables that gradients change in training: neither statistics nor counters."""
+    statistics = {path for pair in net.statistics for path in pair}
+
+    def chosen(tree: Variables, path: tuple[Any, ...]) -> dict[Any, Any]:
+        kept = {}
+        for key, value in tree.items():
+            here = (*path, key)
+            if isinstance(value, Mapping):
+                inner = chosen(value, here)
+                if inner:
+                    kept[key] = inner
+            elif here not in statistics and jnp.issubdtype(value.dtype, jnp.floating):
+                kept[key] = value
+        return kept
+
+    return chosen(net.variables if variables is None else variables, ())
+
+
+def with_parameters(variables: Variables, changed: Parameters) -> dict[Any, Any]:
+    """Return the variables with some of them replaced."""
+    return {
+        key: with_parameters(value, changed.get(key, {}))
+        if isinstance(value, Mapping)
+        else changed.get(key, value)
+        for key, value in variables.items()
+    }
 
 
 def _get(tree: Variables, path: Path) -> Any:

@@ -22,8 +22,17 @@ from jax.typing import DTypeLike
 
 from jinv import image, optimise, parallel
 from jinv.data import Dataset
-from jinv.federated import evidence
-from jinv.net import Moments, Net, Outputs, Path, Variables
+from jinv.net import (
+    Moments,
+    Net,
+    Outputs,
+    Parameters,
+    Path,
+    Variables,
+    parameters,
+    with_parameters,
+)
+from jinv.objective.terms import cross_entropy
 
 CHUNK = 10
 """Steps between two looks of the host at the device."""
@@ -133,17 +142,17 @@ def learned(net: Net, variables: Variables, learns: Learns) -> dict[Any, Any]:
     Raises:
       ValueError: the head is asked for, but the network ends in no linear layer.
     """
-    parameters = evidence.parameters(net, variables)
+    every = parameters(net, variables)
     if learns == "all":
-        return parameters
+        return every
     if learns == "head":
         if net.head is None:
             raise ValueError(f"{net.name} has no head: it ends in no linear layer")
-        return _within(parameters, lambda path: path[: len(net.head or ())] == net.head)
+        return _within(every, lambda path: path[: len(net.head or ())] == net.head)
     layers = {mean[:-1] for mean, _ in net.statistics}
     # Linen keeps a layer's parameters apart from its statistics.
     layers |= {("params", *layer[1:]) for layer in layers if layer[0] == "batch_stats"}
-    return _within(parameters, lambda path: path[:-1] not in layers)
+    return _within(every, lambda path: path[:-1] not in layers)
 
 
 def _within(tree: Variables, chosen: Callable[[Path], bool], path: Path = ()) -> dict[Any, Any]:
@@ -163,8 +172,8 @@ def _within(tree: Variables, chosen: Callable[[Path], bool], path: Path = ()) ->
 def init(net: Net, optimiser: optax.GradientTransformation, learns: Learns = "all") -> State:
     """The state before the first step, in arrays of its own: steps take over their buffers."""
     variables = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), dict(net.variables))
-    parameters = learned(net, variables, learns)
-    return State(variables, optimiser.init(parameters), jnp.zeros((), jnp.int32))
+    changing = learned(net, variables, learns)
+    return State(variables, optimiser.init(changing), jnp.zeros((), jnp.int32))
 
 
 def make_step(net: Net, config: Config, optimiser: optax.GradientTransformation) -> Step:
@@ -184,14 +193,14 @@ def make_step(net: Net, config: Config, optimiser: optax.GradientTransformation)
         images = augment(jax.random.fold_in(key, state.step), images, config)
         seen = normalised(net, images, jnp.result_type(*jax.tree.leaves(before)))
 
-        def loss(parameters: evidence.Parameters) -> tuple[Array, Outputs]:
-            outputs = forward(evidence.with_parameters(state.variables, parameters), seen)
+        def loss(now: Parameters) -> tuple[Array, Outputs]:
+            outputs = forward(with_parameters(state.variables, now), seen)
             return _loss(outputs.logits, labels, config.label_smoothing), outputs
 
         (value, outputs), gradient = jax.value_and_grad(loss, has_aux=True)(before)
         updates, optimiser_state = optimiser.update(gradient, state.optimiser, before)
         now = optax.apply_updates(before, updates)
-        variables: Variables = evidence.with_parameters(state.variables, now)
+        variables: Variables = with_parameters(state.variables, now)
         if not frozen:
             variables = with_statistics(
                 net, variables, outputs.moments, seen.shape, config.statistics_momentum
@@ -213,7 +222,7 @@ def _loss(logits: Array, labels: Array, smoothing: float) -> Array:
     if labels.ndim == 1:
         classes = logits.shape[-1]
         targets = (1 - smoothing) * jax.nn.one_hot(labels, classes) + smoothing / classes
-        return evidence.cross_entropy(logits, targets)
+        return cross_entropy(logits, targets)
     targets = (1 - smoothing) * labels + smoothing / 2
     return optax.sigmoid_binary_cross_entropy(logits, targets).mean()
 
@@ -272,7 +281,7 @@ def with_statistics(
             changed: Any = (1 - momentum) * before + momentum * now
             for key in reversed(path):
                 changed = {key: changed}
-            variables = evidence.with_parameters(variables, changed)
+            variables = with_parameters(variables, changed)
     return _counted(variables)
 
 

@@ -19,9 +19,10 @@ import pytest
 from flax import linen, nnx
 from jax import Array
 
+import weights_convert
 from jinv import models
 from jinv.image import Preprocessing
-from jinv.net import Moments, Net, Outputs, batch_moments
+from jinv.net import Moments, Net, Outputs, batch_moments, parameters, with_parameters
 
 SPACE = Preprocessing(size=8)
 SHAPE = (5, 8, 8, 3)
@@ -586,6 +587,18 @@ def test_apply_may_be_transformed_as_a_whole() -> None:
         jax.jit(jax.checkpoint(net))(batch(2)).moments[2].var,
     ):
         np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_parameters_are_neither_statistics_nor_counters() -> None:
+    net = models.load("resnet20_cifar", None)
+    names = weights_convert.from_flax(parameters(net)).keys()
+    assert "bn1.weight" in names
+    assert not [n for n in names if "running" in n or "num_batches" in n]
+    doubled = jax.tree.map(lambda leaf: 2 * leaf, parameters(net))
+    changed = with_parameters(net.variables, doubled)
+    np.testing.assert_array_equal(changed["linear"]["bias"], 2 * net.variables["linear"]["bias"])
+    assert changed["bn1"]["running_var"] is net.variables["bn1"]["running_var"]
+    assert jax.tree.structure(changed) == jax.tree.structure(dict(net.variables))
 
 
 # --- programs, classes and memory ----------------------------------------------------------------

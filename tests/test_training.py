@@ -17,10 +17,9 @@ import tiny
 import weights_convert
 from jinv import image, optimise, training
 from jinv.data import Dataset
-from jinv.federated import evidence
 from jinv.image import Preprocessing
 from jinv.models import resnet_cifar
-from jinv.net import Net
+from jinv.net import Net, parameters
 from jinv.training import Config
 
 CLASSES = tuple("abcde")
@@ -265,9 +264,7 @@ def test_running_statistics_of_any_network(make: test_net.Make) -> None:
     for new, expected in zip(own.running_moments(found), (once, twice, twice), strict=True):
         np.testing.assert_allclose(new.mean, expected[0], rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(new.var, expected[1], rtol=1e-5, atol=1e-6)
-    jax.tree.map(
-        np.testing.assert_array_equal, evidence.parameters(own), evidence.parameters(own, found)
-    )
+    jax.tree.map(np.testing.assert_array_equal, parameters(own), parameters(own, found))
 
 
 def test_batchnorm_cannot_learn_from_one_value(net: Net) -> None:

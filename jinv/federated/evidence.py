@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,12 +20,11 @@ from jax import Array, lax
 
 import weights_convert
 from jinv.files import write_atomic
-from jinv.net import Moments, Net, Variables
+from jinv.net import Moments, Net, Parameters, Variables, parameters, with_parameters
+from jinv.objective.terms import cross_entropy
 
 Statistics = Literal["none", "running", "exact", "update"]
 _WITH_MOMENTS = ("exact", "update")
-Parameters = Mapping[Any, Any]
-"""A network's variables without BatchNorm statistics and counters: what training changes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,35 +100,6 @@ class Secret:
     labels: np.ndarray
 
 
-def parameters(net: Net, variables: Variables | None = None) -> dict[Any, Any]:
-    """The variables that training changes by gradients: neither statistics nor counters."""
-    statistics = {path for pair in net.statistics for path in pair}
-
-    def chosen(tree: Variables, path: tuple[Any, ...]) -> dict[Any, Any]:
-        kept = {}
-        for key, value in tree.items():
-            here = (*path, key)
-            if isinstance(value, Mapping):
-                inner = chosen(value, here)
-                if inner:
-                    kept[key] = inner
-            elif here not in statistics and jnp.issubdtype(value.dtype, jnp.floating):
-                kept[key] = value
-        return kept
-
-    return chosen(net.variables if variables is None else variables, ())
-
-
-def with_parameters(variables: Variables, changed: Parameters) -> dict[Any, Any]:
-    """The variables with some of them replaced."""
-    return {
-        key: with_parameters(value, changed.get(key, {}))
-        if isinstance(value, Mapping)
-        else changed.get(key, value)
-        for key, value in variables.items()
-    }
-
-
 def loss(net: Net, variables: Variables, images: Array, labels: Array, training: bool) -> Array:
     """Mean cross-entropy of normalised images (K, H, W, C) and label distributions (K, C)."""
     return loss_and_moments(net, variables, images, labels, training)[0]
@@ -141,11 +111,6 @@ def loss_and_moments(
     """`loss`, and the moments that BatchNorm layers saw on the way."""
     outputs = net.mode(training)(variables, images)
     return cross_entropy(outputs.logits, labels), outputs.moments
-
-
-def cross_entropy(logits: Array, labels: Array) -> Array:
-    """-mean_k sum_c y_kc log softmax(z_k)_c of logits z and label distributions y, both (K, C)."""
-    return -(labels * jax.nn.log_softmax(logits)).sum(-1).mean()
 
 
 def observed(

@@ -41,6 +41,11 @@ class Member:
     weights: Weights = Weights()
 
 
+def cross_entropy(logits: Array, labels: Array) -> Array:
+    """-mean_k sum_c y_kc log softmax(z_k)_c of logits z and label distributions y, both (K, C)."""
+    return -(labels * jax.nn.log_softmax(logits)).sum(-1).mean()
+
+
 def weigh(values: Mapping[str, Array], weights: Mapping[str, float]) -> Array:
     """sum_k weights[k] values[k]; every value needs its weight."""
     return sum((weights[name] * value for name, value in values.items()), jnp.zeros(()))

@@ -17,10 +17,9 @@ from jax.sharding import Mesh
 
 import weights_convert
 from jinv import data, models, parallel, training
-from jinv.federated import evidence
 from jinv.files import sha256, write_atomic
 from jinv.image import Preprocessing
-from jinv.net import Net
+from jinv.net import Net, with_parameters
 from jinv.reports import curves
 from jinv.runs import config as configs
 from jinv.runs import hardware, run_folder
@@ -317,7 +316,7 @@ def _source(model: str, weights: str) -> Net:
 def _with_body(net: Net, source: Net) -> Net:
     """The network with the weights of another but for the last layer, where the classes differ."""
     head = training.learned(net, net.variables, "head")
-    return dataclasses.replace(net, variables=evidence.with_parameters(source.variables, head))
+    return dataclasses.replace(net, variables=with_parameters(source.variables, head))
 
 
 def measured(images: np.ndarray, channels: int) -> Preprocessing:

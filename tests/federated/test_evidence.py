@@ -273,15 +273,3 @@ def test_a_network_without_training_mode_is_refused() -> None:
     found, _ = evidence.simulate(tiny.network(), tiny.noise((2, 16, 16, 3)), [0, 1], training=True)
     with pytest.raises(ValueError, match="tiny has no training mode"):
         found.check(net)
-
-
-def test_parameters_are_neither_statistics_nor_counters() -> None:
-    net = models.load("resnet20_cifar", None)
-    names = weights_convert.from_flax(evidence.parameters(net)).keys()
-    assert "bn1.weight" in names
-    assert not [n for n in names if "running" in n or "num_batches" in n]
-    doubled = jax.tree.map(lambda leaf: 2 * leaf, evidence.parameters(net))
-    changed = evidence.with_parameters(net.variables, doubled)
-    np.testing.assert_array_equal(changed["linear"]["bias"], 2 * net.variables["linear"]["bias"])
-    assert changed["bn1"]["running_var"] is net.variables["bn1"]["running_var"]
-    assert jax.tree.structure(changed) == jax.tree.structure(dict(net.variables))
