@@ -20,6 +20,15 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Of a file, in hex, without reading it into memory at once."""
+    """Return the file's SHA-256 in hex, without reading it into memory at once."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_sha256(path: Path, digits: str, remedy: str) -> None:
+    """Raise ValueError if the file's sha256 does not start with these digits."""
+    digest = sha256(path)
+    if not digest.startswith(digits):
+        raise ValueError(
+            f"{path} is damaged: its sha256 starts with {digest[:8]}, not {digits}; {remedy}"
+        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 from flax import nnx
 
 import weights_convert
-from jinv import files
 from jinv.image import Preprocessing
 from jinv.models import (
     efficientnet,
@@ -24,6 +22,7 @@ from jinv.models import (
     vgg,
     vgg_small,
 )
+from jinv.models.package import Package
 from jinv.net import Net
 
 IMAGENET = Preprocessing()
@@ -31,50 +30,6 @@ CIFAR10 = Preprocessing(size=32, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1
 
 FASHION_MNIST = Preprocessing(size=28, mean=(0.286,), std=(0.353,))
 EMNIST_LETTERS = Preprocessing(size=32, mean=(0.1722,), std=(0.3309,))
-
-
-@dataclasses.dataclass(frozen=True)
-class Package:
-    """A file of weights inside an installable package.
-
-    Attributes:
-      distribution: the package's name.
-      file: the file's, with as many of its folders as tell it from others.
-      sha256: its first eight hex digits, as file names of published weights carry them.
-      install: the command that installs it.
-    """
-
-    distribution: str
-    file: str
-    sha256: str
-    install: str
-
-    def find(self, what: str) -> Path:
-        """Path of the installed file, checksum verified; the package is not imported.
-
-        Raises:
-          FileNotFoundError: `what` is not installed; says how to.
-          ValueError: it is damaged.
-        """
-        try:
-            inside = importlib.metadata.files(self.distribution) or []
-        except importlib.metadata.PackageNotFoundError:
-            inside = []
-        for file in inside:
-            path = Path(str(file.locate()))
-            if file.match(self.file) and path.is_file():
-                check_sha256(path, self.sha256, f"reinstall it: {self.install}")
-                return path
-        raise FileNotFoundError(f"{what} are not installed: {self.install}")
-
-
-def check_sha256(path: Path, sha256: str, remedy: str) -> None:
-    """ValueError if the file's sha256 does not start with these digits."""
-    digest = files.sha256(path)
-    if not digest.startswith(sha256):
-        raise ValueError(
-            f"{path} is damaged: its sha256 starts with {digest[:8]}, not {sha256}; {remedy}"
-        )
 
 
 @dataclasses.dataclass(frozen=True)

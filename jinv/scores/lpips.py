@@ -19,8 +19,9 @@ from flax import nnx
 from jax import Array
 
 import weights_convert
+from jinv.files import check_sha256
 from jinv.models import vgg
-from jinv.models.registry import Package, check_sha256
+from jinv.models.package import Package
 from jinv.objective import priors
 from jinv.scores import similarity
 
