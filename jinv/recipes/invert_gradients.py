@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jinv import data, image, parallel
+from jinv import data, image, parallel, privacy
 from jinv.attacks import gradient_inversion
 from jinv.attacks.gradient_inversion import PRESETS, Candidates
 from jinv.data import Split
@@ -569,7 +569,7 @@ class Leakage:
             told["defence"] = client.defence.describe()
             noise = client.defence.noise_multiplier
             if noise:
-                told["epsilon"] = defences.privacy(noise, self.recipe.delta)
+                told["epsilon"] = privacy.epsilon(noise, self.recipe.delta)
                 told["delta"] = self.recipe.delta
         return told
 

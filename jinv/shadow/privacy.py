@@ -25,7 +25,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from jinv.federated import defences
+from jinv import privacy as accounting
 from jinv.shadow.config import Config, Privacy
 
 
@@ -46,7 +46,7 @@ def epsilon(privacy: Privacy, examples: int, steps: int, delta: float | None = N
     q = privacy.probability(examples)
     if sigma == math.inf:
         return 0.0
-    return defences.privacy(sigma, delta, steps, q)
+    return accounting.epsilon(sigma, delta, steps, q)
 
 
 def calibrate(
@@ -70,7 +70,7 @@ def calibrate(
       ValueError: no noise has that epsilon.
     """
     q = Privacy(None, 1.0, sampling, target_epsilon).probability(examples)
-    return defences.calibrated_noise(target_epsilon, _delta(examples, delta), steps, q)
+    return accounting.calibrated_noise(target_epsilon, _delta(examples, delta), steps, q)
 
 
 def resolved(config: Config, examples: int, delta: float | None = None) -> Config:

@@ -11,7 +11,7 @@ import pytest
 import scipy.optimize
 from scipy.special import ndtr
 
-from jinv.federated import defences
+from jinv import privacy as accounting
 from jinv.shadow import Config, Privacy, privacy
 
 
@@ -195,4 +195,4 @@ def test_sharing_a_clients_accountant_changes_nothing() -> None:
     """One example is to a shadow model what a client is to a federation."""
     pytest.importorskip("dp_accounting")
     found = privacy.epsilon(Privacy(1.0, 1.0, 0.3), 10, 7, 1e-4)
-    assert found == defences.privacy(1.0, 1e-4, 7, 0.3)
+    assert found == accounting.epsilon(1.0, 1e-4, 7, 0.3)
