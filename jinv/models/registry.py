@@ -1,4 +1,4 @@
-"""Name -> network. Adding a network is one entry here."""
+"""Name -> network. Adding one to the zoo is one entry here; users `register` theirs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 
 import weights_convert
@@ -17,13 +19,14 @@ from jinv.models import (
     efficientnet_lite,
     lenet,
     mobilenet,
+    own,
     resnet,
     resnet_cifar,
     vgg,
     vgg_small,
 )
 from jinv.models.package import Package
-from jinv.net import Net
+from jinv.net import Net, Variables
 
 IMAGENET = Preprocessing()
 CIFAR10 = Preprocessing(size=32, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
@@ -34,9 +37,17 @@ EMNIST_LETTERS = Preprocessing(size=32, mean=(0.1722,), std=(0.3309,))
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """An architecture with its preprocessing; `build(classes=..., rngs=...)` makes the module."""
+    """An architecture with its preprocessing.
 
-    build: Callable[..., nnx.Module]
+    Attributes:
+      build: `build(classes=..., rngs=...)` makes the module; of a network of the user's own, the
+        `Net`.
+      preprocessing: the usual one.
+      classes: the usual number.
+      package: where weights are, if there is one.
+    """
+
+    build: Callable[..., Any]
     preprocessing: Preprocessing
     classes: int
     package: Package | None = None
@@ -122,15 +133,47 @@ def names() -> tuple[str, ...]:
     return tuple(_REGISTRY)
 
 
+def register(
+    name: str,
+    build: Callable[..., nnx.Module],
+    preprocessing: Preprocessing,
+    classes: int,
+    package: Package | None = None,
+) -> None:
+    """Let `load` and config files know a network by this name; see `Entry`.
+
+    Raises:
+      ValueError: the name is taken, or looks like `package.module:function`.
+    """
+    if name in _REGISTRY:
+        raise ValueError(f"a network is called {name!r} already: choose another name")
+    if own.names_one(name):
+        raise ValueError(f"a registered name holds no colon: {name!r}")
+    _REGISTRY[name] = Entry(build, preprocessing, classes, package)
+
+
 def entry(name: str) -> Entry:
-    """The registry's entry of this name."""
+    """Return the registry's entry of this name, or one for a network of the user's own."""
+    if own.names_one(name):
+        net = own.make(name)
+
+        def build(classes: int | None = None, rngs: nnx.Rngs | None = None) -> Net:
+            return own.make(name, classes)
+
+        return Entry(build, net.preprocessing, net.classes)
     if name not in _REGISTRY:
-        raise ValueError(f"no network is called {name!r}; there are: {', '.join(_REGISTRY)}")
+        raise ValueError(
+            f"no network is called {name!r}; there are: {', '.join(_REGISTRY)}, and "
+            "package.module:function for one of your own"
+        )
     return _REGISTRY[name]
 
 
 def template(name: str, classes: int | None = None) -> dict[str, Any]:
-    """Nested dict of shapes and dtypes of the network's variables; allocates nothing."""
+    """Return the network's variables as a nested dict of shapes and dtypes; allocates nothing."""
+    if own.names_one(name):
+        variables = own.make(name, classes).variables
+        return jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), dict(variables))
     found = entry(name)
     build = functools.partial(found.build, classes=classes or found.classes)
     return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))))
@@ -144,12 +187,14 @@ def load(
     preprocessing: Preprocessing | None = None,
     seed: int = 0,
 ) -> Net:
-    """A network of the zoo as a `Net`.
+    """Return a network of the zoo, or of the user's own, as a `Net`.
 
     Args:
-      name: one of `names()`.
+      name: one of `names()`; or `package.module:function`, a function that returns a `Net` and
+        takes `classes` if they are given here. The current folder is searched too.
       weights: path of a .pth or .safetensors file in torch's naming; "package" for the file
-        inside an installed package; None for random weights drawn from `seed`.
+        inside an installed package; None for random weights drawn from `seed`. A network of the
+        user's own keeps the weights that its function gave it unless a path is given.
       classes: number of classes if not the usual one.
       preprocessing: replaces the usual one (another normalisation, another size).
       seed: of random weights.
@@ -158,20 +203,30 @@ def load(
       ValueError: unknown name, or weights that do not fit (every key is named).
       FileNotFoundError: the package that holds the weights is not installed.
     """
+    if own.names_one(name):
+        net = own.make(name, classes)
+        if weights is not None and weights != "package":
+            net = dataclasses.replace(net, variables=_read(name, weights, net.variables))
+        return dataclasses.replace(net, preprocessing=preprocessing or net.preprocessing)
     found = entry(name)
     build = functools.partial(found.build, classes=classes or found.classes)
     preprocessing = preprocessing or found.preprocessing
     if weights is None:
         return Net.from_nnx(build(rngs=nnx.Rngs(seed)), preprocessing, name=name)
     path = packaged_weights(name) if weights == "package" else Path(weights)
-    state = weights_convert.read(path)
-    try:
-        variables = weights_convert.to_flax(state, template(name, classes))
-    except weights_convert.WeightsError as error:
-        raise weights_convert.WeightsError(f"{path} does not fit {name}: {error}") from None
+    variables = _read(name, path, template(name, classes))
     model = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
     nnx.update(model, variables)
     return Net.from_nnx(model, preprocessing, name=name)
+
+
+def _read(name: str, path: str | Path, wanted: Variables) -> dict[str, Any]:
+    """The file's weights as the network's variables, on the device."""
+    state = weights_convert.read(Path(path))
+    try:
+        return jax.tree.map(jnp.asarray, weights_convert.to_flax(state, wanted))
+    except weights_convert.WeightsError as error:
+        raise weights_convert.WeightsError(f"{path} does not fit {name}: {error}") from None
 
 
 def packaged_weights(name: str) -> Path:
