@@ -39,7 +39,7 @@ every epoch) and, last of all, summary.json:
     files             sha256 of weights.safetensors and classes.txt
     versions          of python, jax, jaxlib, flax and jinv
 
-`jinv.recipes.pretrain.load(FOLDER)` makes a `Net` of it.
+`jinv.models.load_trained(FOLDER)` makes a `Net` of it.
 
 On several hosts start the same command on each: SLURM (srun), Open MPI (mpirun) and Kubernetes are
 recognised, else pass --coordinator HOST:PORT --processes N --process-id I. The folder must be on a

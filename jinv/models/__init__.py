@@ -5,6 +5,17 @@ net = jinv.models.load("resnet50", weights="resnet50-0676ba61.pth")
 net = jinv.models.load("my_package.networks:mine", weights=None)
 """
 
+from jinv.models.network import Network
 from jinv.models.registry import entry, load, names, packaged_weights, register, template
+from jinv.models.trained import load_trained
 
-__all__ = ["entry", "load", "names", "packaged_weights", "register", "template"]
+__all__ = [
+    "Network",
+    "entry",
+    "load",
+    "load_trained",
+    "names",
+    "packaged_weights",
+    "register",
+    "template",
+]

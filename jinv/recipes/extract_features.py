@@ -14,7 +14,8 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from jinv import data, parallel, training
-from jinv.recipes import invert, pretrain
+from jinv.models.network import Network
+from jinv.recipes import pretrain
 from jinv.runs import config as configs
 from jinv.runs import hardware, run_folder
 from jinv.runs.progress import Progress
@@ -41,7 +42,7 @@ class Recipe:
       dtype: of the network's arithmetic; features are written in float32.
     """
 
-    network: invert.Network
+    network: Network
     data: data.Source = dataclasses.field(default_factory=data.Source)
     size: int | None = None
     images_size: int | None = None

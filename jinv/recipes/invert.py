@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import re
 from pathlib import Path
@@ -13,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jinv import data, image, models, optimise, parallel
+from jinv import data, image, optimise, parallel
 from jinv.attacks import begin, deepinversion
 from jinv.files import write_atomic
+from jinv.models.network import Network
 from jinv.net import Net
 from jinv.objective import ensemble
 from jinv.objective.terms import Member, Weights
-from jinv.recipes import pretrain
 from jinv.reports import curves, page
 from jinv.runs import config as configs
 from jinv.runs import hardware, run_folder
@@ -27,47 +26,6 @@ from jinv.scores import judging
 
 PRESETS = {**deepinversion.PRESETS, "begin": begin.CONFIG}
 VERSIONS = ("python", "jax", "jaxlib", "flax", "jinv")
-
-
-@dataclasses.dataclass(frozen=True)
-class Network:
-    """A network and where its weights are.
-
-    Attributes:
-      model: name in the registry.
-      name: in logs and reports, if not the model's: two networks of one architecture need two.
-      weights: a .pth or .safetensors file, "package" for weights inside an installed package, a
-        folder that scripts/pretrain.py wrote, or "random".
-      classes: number of classes, if not the usual one.
-    """
-
-    model: str
-    weights: str = "package"
-    classes: int | None = None
-    name: str | None = None
-
-    @property
-    def label(self) -> str:
-        """Its name in logs and reports."""
-        return self.name or self.model
-
-    def load(self) -> Net:
-        """Read the weights, once for all runs of a process."""
-        return _load(self.model, self.weights, self.classes, self.label)
-
-
-@functools.cache
-def _load(model: str, weights: str, classes: int | None, label: str) -> Net:
-    try:
-        if Path(weights).is_dir():
-            net = pretrain.load(weights)
-            if net.name != model:
-                raise ValueError(f"{weights} holds a {net.name}, not a {model}")
-        else:
-            net = models.load(model, None if weights == "random" else weights, classes=classes)
-    except (ValueError, OSError, ImportError) as error:
-        raise ValueError(f"cannot load {label}: {error}") from None
-    return dataclasses.replace(net, name=label)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,8 @@ from jinv.federated import defences, evidence, labels, registration
 from jinv.federated.defences import Defence
 from jinv.federated.evidence import Evidence, Local, Secret
 from jinv.files import write_atomic
-from jinv.recipes.invert import VERSIONS, Network
+from jinv.models.network import Network
+from jinv.recipes.invert import VERSIONS
 from jinv.reports import curves, page
 from jinv.runs import config as configs
 from jinv.runs import hardware, run_folder

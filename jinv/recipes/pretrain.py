@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,13 +18,13 @@ import weights_convert
 from jinv import data, models, parallel, training
 from jinv.files import sha256, write_atomic
 from jinv.image import Preprocessing
+from jinv.models.trained import CLASSES, WEIGHTS
 from jinv.net import Net, with_parameters
 from jinv.reports import curves
 from jinv.runs import config as configs
 from jinv.runs import hardware, run_folder
 from jinv.runs.progress import Progress
 
-WEIGHTS, CLASSES = "weights.safetensors", "classes.txt"
 VERSIONS = ("python", "jax", "jaxlib", "flax", "jinv")
 
 
@@ -302,7 +301,7 @@ def _source(model: str, weights: str) -> Net:
       FileNotFoundError: the package that holds the weights is not installed.
     """
     if Path(weights).is_dir():
-        net = load(weights)
+        net = models.load_trained(weights)
         if net.name != model:
             raise ValueError(f"{weights} holds a {net.name}, not a {model}")
         return net
@@ -338,29 +337,6 @@ def measured(images: np.ndarray, channels: int) -> Preprocessing:
         tuple(np.round(mean, 4).tolist()) * repeat,
         tuple(np.round(std, 4).tolist()) * repeat,
     )
-
-
-def load(folder: str | Path) -> Net:
-    """The network that a finished run left in its folder, with its preprocessing.
-
-    Raises:
-      ValueError: the folder holds no finished run.
-    """
-    folder = Path(folder)
-    try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        told: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in summary["preprocessing"].items()
-        }
-        return models.load(
-            summary["model"],
-            folder / WEIGHTS,
-            classes=len(summary["classes"]),
-            preprocessing=Preprocessing(**told),
-        )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{folder} holds no trained network: {error}") from None
 
 
 def prepare(recipe: Recipe) -> Pretraining:

@@ -19,8 +19,8 @@ from benchmarks.gradients import PHOTOGRAPHS, photograph
 from jinv import data, image
 from jinv.federated import evidence, labels
 from jinv.federated.evidence import Evidence
+from jinv.models.network import Network
 from jinv.net import Net
-from jinv.recipes.invert import Network
 
 VICTIM = Path("out/victims/resnet18_slim")
 Batch = tuple[Array, list[int]]

@@ -23,7 +23,7 @@ import yaml
 
 import weights_convert
 from conftest import CACHE, ROOT
-from jinv import data, image, training
+from jinv import data, image, models, training
 from jinv.data import Dataset
 from jinv.models import registry, resnet_cifar
 from jinv.recipes import pretrain
@@ -114,7 +114,7 @@ def test_the_network_comes_back(finished: Path, recipe: Path) -> None:
     state = weights_convert.read(finished / "weights.safetensors")
     assert state["layer2.0.shortcut.1.running_var"].shape == (8,)
     assert state["bn1.num_batches_tracked"] == 18
-    net = pretrain.load(finished)
+    net = models.load_trained(finished)
     images = data.idx(recipe.parent, "train").images / 255
     assert net.preprocessing.size == 8
     np.testing.assert_allclose(net.preprocessing.mean, [images.mean()] * 3, atol=5.1e-5)
@@ -126,7 +126,7 @@ def test_the_network_comes_back(finished: Path, recipe: Path) -> None:
     assert summary["test_accuracy"] == pytest.approx(right)
     assert right > 0.5  # a third by chance
     with pytest.raises(ValueError, match="no trained network"):
-        pretrain.load(recipe.parent)
+        models.load_trained(recipe.parent)
 
 
 def test_preprocessing_is_measured_channel_by_channel() -> None:
@@ -327,12 +327,12 @@ def test_transfer_keeps_norms_and_preprocessing(finished: Path, transferred: Pat
     assert [int(row["step"]) for row in rows] == list(range(14))
     scores = list(csv.DictReader((transferred / "scores.csv").open()))
     assert [int(row["step"]) for row in scores] == [5, 10, 14]
-    assert pretrain.load(transferred).classes == 2
+    assert models.load_trained(transferred).classes == 2
 
 
 def test_the_new_head_is_random_and_the_rest_is_not(other: Path, finished: Path) -> None:
     recipe = configs.build(pretrain.Recipe, configs.read_yaml(transfer(other, finished)))
-    source = pretrain.load(finished)
+    source = models.load_trained(finished)
     found = [
         pretrain.prepare(dataclasses.replace(recipe, seed=seed)).net.variables for seed in (0, 0, 1)
     ]

@@ -1,0 +1,76 @@
+"""A network as config files name it."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from pathlib import Path
+from typing import Any
+
+from jinv.models import own, registry, trained
+from jinv.net import Net
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A network and where its weights are.
+
+    Attributes:
+      model: name in the registry, or `package.module:function` for a function of your own that
+        makes a `jinv.Net`; it is looked for in the current folder too.
+      name: in logs and reports, if not the model's: two networks of one architecture need two.
+      weights: a .pth or .safetensors file, "package" for weights inside an installed package, a
+        folder that scripts/pretrain.py wrote, or "random". A network of your own comes with the
+        weights that its function gives it, which "package" leaves as they are.
+      classes: number of classes, if not the usual one.
+    """
+
+    model: str
+    weights: str = "package"
+    classes: int | None = None
+    name: str | None = None
+
+    @property
+    def label(self) -> str:
+        """Its name in logs and reports."""
+        return self.name or self.model
+
+    def load(self) -> Net:
+        """Return the network; while anyone holds it, all get the same one.
+
+        Raises:
+          ValueError: it cannot be loaded; the message says why.
+        """
+        key = (self.model, self.weights, self.classes, self.label, *_stamps(Path(self.weights)))
+        net = _HELD.get(key)
+        if net is None:
+            _HELD[key] = net = self._read()
+        return net
+
+    def _read(self) -> Net:
+        try:
+            if Path(self.weights).is_dir():
+                net = trained.load_trained(self.weights)
+                if net.name != self.model:
+                    raise ValueError(f"{self.weights} holds a {net.name}, not a {self.model}")
+            elif self.weights != "random":
+                net = registry.load(self.model, self.weights, classes=self.classes)
+            elif own.names_one(self.model):
+                raise ValueError("it comes with its function's weights: leave `weights` out")
+            else:
+                net = registry.load(self.model, None, classes=self.classes)
+        except (ValueError, OSError, ImportError) as error:
+            raise ValueError(f"cannot load {self.label}: {error}") from None
+        return dataclasses.replace(net, name=self.label)
+
+
+# Weights take hundreds of megabytes: an inverted network and a judge that is the same share them,
+# and nothing outlives its last user.
+_HELD: weakref.WeakValueDictionary[tuple[Any, ...], Net] = weakref.WeakValueDictionary()
+
+
+def _stamps(weights: Path) -> list[tuple[str, int, int]]:
+    """What tells a file of weights, or those of a folder, from others written in its place."""
+    files = [weights, weights / trained.WEIGHTS, weights / trained.SUMMARY]
+    found = [(str(file.absolute()), file.stat()) for file in files if file.is_file()]
+    return [(path, told.st_mtime_ns, told.st_size) for path, told in found]
