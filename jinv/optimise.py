@@ -54,7 +54,7 @@ class State(NamedTuple):
     Attributes:
       images: (B, H, W, C) being optimised, or (G, B, H, W, C) for G candidates; also a tree of
         arrays (G, ...), such as images with their labels.
-      optimiser: optax state.
+      optimizer: optax state.
       step: steps done since the run began, over all phases.
       best_images: the images that had the lowest loss of this phase.
       best_loss: their loss, () or (G,): every candidate has its own best images.
@@ -64,7 +64,7 @@ class State(NamedTuple):
     """
 
     images: Images
-    optimiser: optax.OptState
+    optimizer: optax.OptState
     step: Array
     best_images: Images
     best_loss: Array
@@ -129,7 +129,7 @@ def warm_cosine(lr: float, warmup: int, steps: int, floor: float = 0.0) -> optax
 
 def init(
     images: Images,
-    optimiser: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     step: int | Array = 0,
     *,
     candidates: bool = False,
@@ -139,7 +139,7 @@ def init(
     count = jax.tree.leaves(images)[0].shape[:1]
     return State(
         images=images,
-        optimiser=optimiser.init(images),
+        optimizer=optimizer.init(images),
         step=jnp.asarray(step, jnp.int32),
         best_images=jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), images),
         best_loss=jnp.full(count if candidates else (), jnp.inf, jnp.float32),
@@ -151,7 +151,7 @@ def init(
 
 def make_step(
     loss_fn: LossFn,
-    optimiser: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     *,
     project: Project = lambda images: images,
     early_stop: EarlyStop | None = None,
@@ -166,15 +166,15 @@ def make_step(
 
     Args:
       loss_fn: differentiated with respect to its images.
-      optimiser: any optax transformation; it is told the loss as `value`.
+      optimizer: any optax transformation; it is told the loss as `value`.
       project: applied to the updated images, such as clipping to the valid range.
       early_stop: leave the state as it is once it says so.
       noise: step -> standard deviation of Gaussian noise added to the updated images (Langevin).
       remember: keeps a memory from step to step; the loss gets `Remembered` data.
-      line_search: the optimiser is one of `each_candidate`; it is also told every candidate's loss
+      line_search: the optimizer is one of `each_candidate`; it is also told every candidate's loss
         as `values`, and how to find these at other images as `values_fn`.
     """
-    optimiser = optax.with_extra_args_support(optimiser)
+    optimizer = optax.with_extra_args_support(optimizer)
 
     def step(key: Array, state: State, data: Data) -> tuple[State, Info]:
         key = jax.random.fold_in(key, state.step)
@@ -195,7 +195,7 @@ def make_step(
         if line_search:
             told["values"] = losses
             told["values_fn"] = lambda images: loss_fn(key, images, data)[0]
-        updates, optimiser_state = optimiser.update(gradient, state.optimiser, state.images, **told)
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.images, **told)
         images = optax.apply_updates(state.images, updates)
         if noise is not None:
             kick = optax.tree.random_like(jax.random.fold_in(key, 1), images)
@@ -210,7 +210,7 @@ def make_step(
 
         new = State(
             images=project(images),
-            optimiser=optimiser_state,
+            optimizer=optimizer_state,
             step=state.step + 1,
             best_images=jax.tree.map(best, state.images, state.best_images),
             best_loss=jnp.where(better, losses, best_loss),
@@ -228,9 +228,9 @@ def make_step(
 
 
 def each_candidate(
-    optimiser: optax.GradientTransformationExtraArgs,
+    optimizer: optax.GradientTransformationExtraArgs,
 ) -> optax.GradientTransformationExtraArgs:
-    """An optimiser with a line search, such as L-BFGS, for every candidate alone."""
+    """An optimizer with a line search, such as L-BFGS, for every candidate alone."""
 
     def update(
         gradient: Images,
@@ -247,13 +247,13 @@ def each_candidate(
             def value_fn(images: Images) -> Array:
                 return values_fn(jax.tree.map(lambda leaf: leaf[None], images))[0]
 
-            return optimiser.update(
+            return optimizer.update(
                 gradient, state, images, value=value, grad=gradient, value_fn=value_fn
             )
 
         return jax.vmap(one)(gradient, state, images, values)
 
-    return optax.GradientTransformationExtraArgs(jax.vmap(optimiser.init), update)
+    return optax.GradientTransformationExtraArgs(jax.vmap(optimizer.init), update)
 
 
 def _threshold(reference: Array, early_stop: EarlyStop | None) -> Array:
@@ -266,7 +266,7 @@ def _threshold(reference: Array, early_stop: EarlyStop | None) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """A stretch of steps with one program: one resolution, one optimiser.
+    """A stretch of steps with one program: one resolution, one optimizer.
 
     Attributes:
       name: for logs.

@@ -48,7 +48,7 @@ class Config:
     Attributes:
       epochs: passes over the images.
       batch: images a step.
-      optimiser: "sgd", torch.optim.SGD; or "adam", torch.optim.AdamW.
+      optimizer: "sgd", torch.optim.SGD; or "adam", torch.optim.AdamW.
       lr: highest learning rate: it rises linearly for `warmup` steps and falls to `lr_floor` times
         as much with a cosine.
       momentum, nesterov: of "sgd".
@@ -67,7 +67,7 @@ class Config:
 
     epochs: int = 3
     batch: int = 128
-    optimiser: Literal["sgd", "adam"] = "sgd"
+    optimizer: Literal["sgd", "adam"] = "sgd"
     lr: float = 0.1
     momentum: float = 0.9
     nesterov: bool = True
@@ -89,7 +89,7 @@ class Config:
             raise ValueError("label_smoothing and momentum must be at least 0 and below 1")
         if not 0 < self.statistics_momentum <= 1:
             raise ValueError("statistics_momentum must be above 0 and at most 1")
-        if self.nesterov and not self.momentum and self.optimiser == "sgd":
+        if self.nesterov and not self.momentum and self.optimizer == "sgd":
             raise ValueError("nesterov needs a momentum")
         if self.learns not in get_args(Learns):
             raise ValueError(f"learns is one of {', '.join(get_args(Learns))}, not {self.learns!r}")
@@ -100,12 +100,12 @@ class State(NamedTuple):
 
     Attributes:
       variables: all of the network's: parameters, running statistics, counters.
-      optimiser: optax state of the parameters that are learned.
+      optimizer: optax state of the parameters that are learned.
       step: steps done.
     """
 
     variables: Variables
-    optimiser: optax.OptState
+    optimizer: optax.OptState
     step: Array
 
 
@@ -125,10 +125,10 @@ Step = Callable[[Array, State, Array, Array], tuple[State, Info]]
 """(key, state, bytes (B, H, W, 1 or C), labels (B,) or attributes (B, K)) -> (state, info)."""
 
 
-def make_optimiser(config: Config, steps: int) -> optax.GradientTransformation:
-    """The optimiser of a run of so many steps."""
+def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
+    """The optimizer of a run of so many steps."""
     schedule = optimise.warm_cosine(config.lr, config.warmup, steps, config.lr_floor)
-    if config.optimiser == "adam":
+    if config.optimizer == "adam":
         return optax.adamw(schedule, weight_decay=config.weight_decay)
     return optax.chain(
         optax.add_decayed_weights(config.weight_decay),
@@ -169,14 +169,14 @@ def _within(tree: Variables, chosen: Callable[[Path], bool], path: Path = ()) ->
     return kept
 
 
-def init(net: Net, optimiser: optax.GradientTransformation, learns: Learns = "all") -> State:
+def init(net: Net, optimizer: optax.GradientTransformation, learns: Learns = "all") -> State:
     """The state before the first step, in arrays of its own: steps take over their buffers."""
     variables = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), dict(net.variables))
     changing = learned(net, variables, learns)
-    return State(variables, optimiser.init(changing), jnp.zeros((), jnp.int32))
+    return State(variables, optimizer.init(changing), jnp.zeros((), jnp.int32))
 
 
-def make_step(net: Net, config: Config, optimiser: optax.GradientTransformation) -> Step:
+def make_step(net: Net, config: Config, optimizer: optax.GradientTransformation) -> Step:
     """One step on a batch.
 
     Where all is learned, BatchNorm is in training mode: with the moments of the whole batch.
@@ -198,7 +198,7 @@ def make_step(net: Net, config: Config, optimiser: optax.GradientTransformation)
             return _loss(outputs.logits, labels, config.label_smoothing), outputs
 
         (value, outputs), gradient = jax.value_and_grad(loss, has_aux=True)(before)
-        updates, optimiser_state = optimiser.update(gradient, state.optimiser, before)
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, before)
         now = optax.apply_updates(before, updates)
         variables: Variables = with_parameters(state.variables, now)
         if not frozen:
@@ -206,7 +206,7 @@ def make_step(net: Net, config: Config, optimiser: optax.GradientTransformation)
                 net, variables, outputs.moments, seen.shape, config.statistics_momentum
             )
         accuracy = _right(outputs.logits, labels).mean()
-        return State(variables, optimiser_state, state.step + 1), Info(value, accuracy)
+        return State(variables, optimizer_state, state.step + 1), Info(value, accuracy)
 
     return step
 
@@ -357,14 +357,14 @@ def run(
     """
     clock = clock or optimise.Clock()
     per_epoch = len(dataset) // config.batch
-    optimiser = make_optimiser(config, config.epochs * per_epoch)
+    optimizer = make_optimizer(config, config.epochs * per_epoch)
     if state is None:
-        state = parallel.put(mesh, PartitionSpec(), init(net, optimiser, config.learns))
+        state = parallel.put(mesh, PartitionSpec(), init(net, optimizer, config.learns))
     order_key, step_key = jax.random.split(key)
     done = int(parallel.fetch(state.step))
     order = batches(order_key, len(dataset), config.batch, done)
     if done < config.epochs * per_epoch:
-        step = make_step(net, config, optimiser)
+        step = make_step(net, config, optimizer)
         spread = NamedSharding(mesh, _BATCH)
         examples = (
             jax.ShapeDtypeStruct((config.batch, *array.shape[1:]), array.dtype, sharding=spread)
@@ -397,7 +397,7 @@ def abstract_state(net: Net, config: Config, mesh: Mesh) -> State:
     everywhere = NamedSharding(mesh, PartitionSpec())
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
-        jax.eval_shape(lambda: init(net, make_optimiser(config, 1), config.learns)),
+        jax.eval_shape(lambda: init(net, make_optimizer(config, 1), config.learns)),
     )
 
 

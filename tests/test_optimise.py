@@ -47,18 +47,18 @@ def scripted(
         named = {"only": value} if terms is None else terms(count)
         return value - pull, named
 
-    optimiser = optax.sgd(1.0)
+    optimizer = optax.sgd(1.0)
 
     def enter(images: Array, step: Any) -> State:
-        return optimise.init(jnp.zeros_like(images), optimiser, step)
+        return optimise.init(jnp.zeros_like(images), optimizer, step)
 
-    step = optimise.make_step(loss, optimiser, early_stop=early_stop)
+    step = optimise.make_step(loss, optimizer, early_stop=early_stop)
     return Phase("scripted", len(losses) if steps is None else steps, enter, step)
 
 
 def noisy(steps: int, *, lr: float = 0.1, size: int = 3, name: str = "noisy") -> Phase:
     """Adam on a quadratic bowl whose centre is drawn anew in every step."""
-    optimiser = optax.adam(lr)
+    optimizer = optax.adam(lr)
 
     def loss(key: Array, images: Array, data: Array) -> tuple[Array, dict[str, Array]]:
         centre = data + jax.random.normal(key, images.shape)
@@ -66,9 +66,9 @@ def noisy(steps: int, *, lr: float = 0.1, size: int = 3, name: str = "noisy") ->
         return terms["bowl"] + 0.1 * terms["size"], terms
 
     def enter(images: Array, step: Any) -> State:
-        return optimise.init(images[:, :size, :size], optimiser, step)
+        return optimise.init(images[:, :size, :size], optimizer, step)
 
-    return Phase(name, steps, enter, optimise.make_step(loss, optimiser))
+    return Phase(name, steps, enter, optimise.make_step(loss, optimizer))
 
 
 PIXEL = (1, 1, 1, 1)
@@ -128,15 +128,15 @@ def pixel(images: Array) -> float:
 
 def test_step_is_gradient_update_and_projection() -> None:
     """Info tells the loss before the update; the update goes through `project`."""
-    optimiser = optax.sgd(0.5)
+    optimizer = optax.sgd(0.5)
 
     def loss(key: Array, images: Array, data: Array) -> tuple[Array, dict[str, Array]]:
         terms = {"square": jnp.square(images - data).sum()}
         return 2 * terms["square"], terms
 
-    step = optimise.make_step(loss, optimiser, project=lambda x: jnp.clip(x, -1, 1))
+    step = optimise.make_step(loss, optimizer, project=lambda x: jnp.clip(x, -1, 1))
     images = jnp.asarray([0.1, 0.4, -0.2, 3.0]).reshape(1, 2, 2, 1)
-    state, info = step(KEY, optimise.init(images, optimiser, step=5), jnp.asarray(0.3))
+    state, info = step(KEY, optimise.init(images, optimizer, step=5), jnp.asarray(0.3))
     expected = 2 * sum((x - 0.3) ** 2 for x in (0.1, 0.4, -0.2, 3.0))
     np.testing.assert_allclose(info.loss, expected, rtol=1e-6)
     np.testing.assert_allclose(info.terms["square"], expected / 2, rtol=1e-6)
@@ -165,7 +165,7 @@ def test_step_draws_from_the_key_and_its_own_number_alone() -> None:
         np.testing.assert_array_equal(used, expected)
 
 
-def test_optimiser_is_told_the_loss() -> None:
+def test_optimizer_is_told_the_loss() -> None:
     told = []
 
     def update(updates: Any, state: Any, params: Any = None, *, value: Array) -> tuple[Any, Any]:
@@ -369,7 +369,7 @@ def test_state_is_donated(loop: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "optimiser",
+    "optimizer",
     [
         optax.adam(0.1),
         optax.sgd(0.1, momentum=0.9, nesterov=True),
@@ -379,9 +379,9 @@ def test_state_is_donated(loop: str) -> None:
     ],
     ids=["adam", "sgd", "adamw", "rmsprop", "lion"],
 )
-def test_optimisers_run_with_donation(optimiser: optax.GradientTransformation) -> None:
-    step = optimise.make_step(lambda key, x, data: (jnp.square(x).sum(), {}), optimiser)
-    phase = Phase("any", 6, lambda x, t: optimise.init(x, optimiser, t), step)
+def test_optimizers_run_with_donation(optimizer: optax.GradientTransformation) -> None:
+    step = optimise.make_step(lambda key, x, data: (jnp.square(x).sum(), {}), optimizer)
+    phase = Phase("any", 6, lambda x, t: optimise.init(x, optimizer, t), step)
     state, log = run(phase, chunk=4)
     assert log.metric()[-1] < log.metric()[0]
     assert np.isfinite(state.images).all()

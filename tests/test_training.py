@@ -52,7 +52,7 @@ CONFIGS = {
     "sgd": Config(nesterov=False, weight_decay=1e-2),
     "nesterov": Config(weight_decay=1e-2, warmup=2, lr_floor=0.1),
     "plain": Config(momentum=0.0, nesterov=False, weight_decay=0.0, label_smoothing=0.1),
-    "adam": Config(optimiser="adam", lr=1e-2, weight_decay=0.1, warmup=3),
+    "adam": Config(optimizer="adam", lr=1e-2, weight_decay=0.1, warmup=3),
 }
 
 
@@ -67,7 +67,7 @@ def test_steps_equal_torch(net: Net, name: str) -> None:
     start = weights_convert.from_flax(net.variables)
     peer.load_state_dict({key: torch.tensor(value) for key, value in start.items()})
     schedule = optimise.warm_cosine(config.lr, config.warmup, steps, config.lr_floor)
-    if config.optimiser == "adam":
+    if config.optimizer == "adam":
         theirs: Any = torch.optim.AdamW(peer.parameters(), weight_decay=config.weight_decay)
     else:
         theirs = torch.optim.SGD(
@@ -79,7 +79,7 @@ def test_steps_equal_torch(net: Net, name: str) -> None:
         )
     criterion = torch.nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     with jax.enable_x64(True):
-        ours = training.make_optimiser(config, steps)
+        ours = training.make_optimizer(config, steps)
         wide = jax.tree.map(
             lambda leaf: (
                 leaf.astype(jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
@@ -157,7 +157,7 @@ def test_without_a_head_it_cannot_learn(net: Net) -> None:
 
 @pytest.mark.parametrize("learns", ["head", "all_but_batch_norm"])
 def test_steps_with_frozen_norms_equal_torch(net: Net, learns: training.Learns) -> None:
-    """Three steps of a torch loop in eval mode, whose optimiser knows only what learns."""
+    """Three steps of a torch loop in eval mode, whose optimizer knows only what learns."""
     torch = pytest.importorskip("torch")
     import torch_peers
 
@@ -184,7 +184,7 @@ def test_steps_with_frozen_norms_equal_torch(net: Net, learns: training.Learns) 
         return jax.ShapeDtypeStruct(leaf.shape, np.float64 if real else leaf.dtype)
 
     with jax.enable_x64(True):
-        ours = training.make_optimiser(config, steps)
+        ours = training.make_optimizer(config, steps)
         variables = weights_convert.to_flax(start, jax.tree.map(double, net.variables))
         state = training.init(dataclasses.replace(net, variables=variables), ours, learns)
         step = jax.jit(training.make_step(net, config, ours))
@@ -219,7 +219,7 @@ def test_attributes_equal_torch(net: Net) -> None:
     right = ((logits > 0) == (targets > 0)).double().mean().item()
     for smoothing in (0.0, 0.2):
         config = Config(learns="head", label_smoothing=smoothing)
-        ours = training.make_optimiser(config, 1)
+        ours = training.make_optimizer(config, 1)
         step = jax.jit(training.make_step(net, config, ours))
         state = training.init(net, ours, "head")
         _, info = step(jax.random.key(0), state, data.images, data.labels)
@@ -320,7 +320,7 @@ def test_every_image_is_moved_and_mirrored_for_itself() -> None:
 def test_every_step_draws_anew_from_key_and_number(net: Net) -> None:
     """The loss of the same images is the same at the same step only."""
     data = dataset(8)
-    transform = training.make_optimiser(CONFIG, 10)
+    transform = training.make_optimizer(CONFIG, 10)
     step = jax.jit(training.make_step(net, CONFIG, transform))
     state = training.init(net, transform)
 

@@ -242,7 +242,7 @@ def our_loss_and_gradient(
     (phase,) = attack.phases
     state = optimise.enter(phase, jnp.asarray(given.initial[:1]), 0)
     state, info = jax.jit(phase.step)(jax.random.key(0), state, attack.data)
-    return float(info.loss), np.asarray(optax.tree.get(state.optimiser, "mu"))[0] / 0.1
+    return float(info.loss), np.asarray(optax.tree.get(state.optimizer, "mu"))[0] / 0.1
 
 
 def check_agreement(

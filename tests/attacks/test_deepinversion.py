@@ -51,7 +51,7 @@ def loss_and_gradient(
     """Of a phase's first step, for a `READABLE` config."""
     part = attack.phases[phase]
     state, info = jax.jit(part.step)(key, part.enter(images, 0), attack.data)
-    gradient = np.asarray(optax.tree.get(state.optimiser, "trace"))
+    gradient = np.asarray(optax.tree.get(state.optimizer, "trace"))
     terms = {name: float(value) for name, value in info.terms.items()}
     return float(info.loss), terms, gradient
 
@@ -329,7 +329,7 @@ def test_loss_and_gradient_equal_torch_rolled_and_flipped() -> None:
         ours = (
             float(info.loss),
             {name: float(value) for name, value in info.terms.items()},
-            np.asarray(optax.tree.get(state.optimiser, "trace")),
+            np.asarray(optax.tree.get(state.optimizer, "trace")),
         )
         theirs = torch_gradient(
             [Peer(torch_tiny(net), tiny.SPACE, WEIGHTS)],
@@ -732,7 +732,7 @@ def test_student_preset_plateaus_and_stops_early() -> None:
     )
     assert chunks == [(4, False), (3, True)]
     assert int(state.step) == 7
-    assert float(optax.tree.get(state.optimiser, "scale")) == 0.5**3
+    assert float(optax.tree.get(state.optimizer, "scale")) == 0.5**3
 
 
 def test_clipping_is_optional() -> None:

@@ -78,7 +78,7 @@ def test_loss_and_image_gradient_equal_torch(name: str, training: bool, distance
         config = Config(distance=distance, tv_l2=2e-3, l2=1e-2, **PLAIN)  # type: ignore[arg-type]
         attack = gradient_inversion.build(config, net, held, classes, size=(32, 40))
         state, info = first_step(attack, images[None])
-        ours = np.asarray(optax.tree.get(state.optimiser, "mu"))[0] / 0.1
+        ours = np.asarray(optax.tree.get(state.optimizer, "mu"))[0] / 0.1
 
     def gradients(x: Any, graph: bool) -> list[Any]:
         loss = torch.nn.functional.cross_entropy(network(x), torch.tensor(classes))

@@ -228,7 +228,7 @@ def test_a_subset_that_the_seed_decides(recipe: Path) -> None:
         ({"train_images": 51}, "train_images must be 1 to 50"),
         ({"training": {"batch": 51}}, "50 images fill no batch of 51"),
         ({"training": {"lr": -1}}, "lr"),
-        ({"training": {"optimiser": "lion"}}, "optimiser"),
+        ({"training": {"optimizer": "lion"}}, "optimizer"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_written(
