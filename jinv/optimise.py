@@ -10,14 +10,16 @@ import collections
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array, lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jinv.image import Preprocessing
 
 Data = Any
 """A tree of arrays that stay as they are during the run: variables, targets."""
@@ -183,13 +185,7 @@ def make_step(
             memory, renewed = remember(state.step, state.images, memory)
             best_loss = jnp.where(renewed, jnp.inf, best_loss)
             data = Remembered(data, memory)
-
-        def ordered(images: Images) -> tuple[Array, tuple[Array, Mapping[str, Array]]]:
-            losses, terms = loss_fn(key, images, data)
-            # JAX sorts the keys of plain dicts.
-            return losses.sum(), (losses, collections.OrderedDict(terms))
-
-        (_, (losses, terms)), gradient = jax.value_and_grad(ordered, has_aux=True)(state.images)
+        losses, terms, gradient = _differentiated(loss_fn, key, state.images, data)
         loss = losses.mean()
         told: dict[str, Any] = {"value": loss}
         if line_search:
@@ -202,17 +198,11 @@ def make_step(
             images = optax.tree.add_scale(images, noise(state.step), kick)
         better = jnp.isfinite(losses) & (losses < best_loss)
         progress = loss < _threshold(state.reference_loss, early_stop)
-
-        def best(now: Array, before: Array) -> Array:
-            return jnp.where(
-                better.reshape(better.shape + (1,) * (now.ndim - better.ndim)), now, before
-            )
-
         new = State(
             images=project(images),
             optimizer=optimizer_state,
             step=state.step + 1,
-            best_images=jax.tree.map(best, state.images, state.best_images),
+            best_images=_where(better, state.images, state.best_images),
             best_loss=jnp.where(better, losses, best_loss),
             reference_loss=jnp.where(progress, loss, state.reference_loss),
             stale=jnp.where(progress, 0, state.stale + 1),
@@ -225,6 +215,30 @@ def make_step(
         return new, Info(loss, terms, stopped)
 
     return step
+
+
+def _differentiated(
+    loss_fn: LossFn, key: Array, images: Images, data: Data
+) -> tuple[Array, Mapping[str, Array], Images]:
+    """Losses, terms in the objective's order, and the gradient of the losses' sum by the images."""
+
+    def ordered(images: Images) -> tuple[Array, tuple[Array, Mapping[str, Array]]]:
+        losses, terms = loss_fn(key, images, data)
+        # JAX sorts the keys of plain dicts.
+        return losses.sum(), (losses, collections.OrderedDict(terms))
+
+    (_, (losses, terms)), gradient = jax.value_and_grad(ordered, has_aux=True)(images)
+    return losses, terms, gradient
+
+
+def _where(chosen: Array, images: Images, others: Images) -> Images:
+    """For every candidate its images or the others; `chosen` is () or (G,)."""
+
+    def one(now: Array, before: Array) -> Array:
+        wide = chosen.reshape(chosen.shape + (1,) * (now.ndim - chosen.ndim))
+        return jnp.where(wide, now, before)
+
+    return jax.tree.map(one, images, others)
 
 
 def each_candidate(
@@ -281,6 +295,38 @@ class Phase:
     enter: Callable[[Images, Any], State]
     step: Step
     cost: float = 1.0
+
+
+class Attack(Protocol):
+    """What a run needs of an attack, whatever the evidence."""
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The phases to go through, see `run`."""
+        ...
+
+    @property
+    def data(self) -> Data:
+        """What every step is told."""
+        ...
+
+    @property
+    def space(self) -> Preprocessing:
+        """What the images are normalised for while they are optimised."""
+        ...
+
+    @property
+    def mesh(self) -> Mesh:
+        """The devices that share the images."""
+        ...
+
+    def initial(self, key: Array) -> Images:
+        """Draw the images that the first phase enters with."""
+        ...
+
+    def shown(self, found: Images) -> Array | np.ndarray:
+        """Return those of the found images that a person looks at, (N, H, W, C), normalised."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
