@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -378,7 +379,8 @@ def run(
     """Run the phases one after the other; returns the last phase's state.
 
     Each phase starts from the best images of the one before. The result does not depend on
-    `chunk`, `loop` or on where a run was cut and resumed.
+    `chunk`, `loop` or on where a run was cut and resumed. A second run of the same phases, on
+    arrays that lie alike, compiles nothing.
 
     Args:
       phases: at least one.
@@ -522,7 +524,7 @@ def _stepped(
     should_stop: Callable[[], bool],
 ) -> Advance:
     del chunk
-    compiled = compile_step(step, clock, key, state, data)
+    compiled = _program(step, ("step",), step, clock, key, state, data)
 
     def advance(state: State, count: int) -> tuple[State, Info]:
         infos = []
@@ -557,13 +559,33 @@ def _scanned(
 
         return lax.scan(body, state, jnp.arange(chunk))
 
-    compiled = compile_step(steps, clock, key, state, data, jnp.asarray(0))
+    compiled = _program(step, ("scan", chunk), steps, clock, key, state, data, jnp.asarray(0))
 
     def advance(state: State, count: int) -> tuple[State, Info]:
         state, infos = compiled(key, state, data, jnp.asarray(count))
         return state, jax.tree.map(lambda leaf: leaf[:count], jax.device_get(infos))
 
     return advance
+
+
+_ARITHMETIC = ("jax_enable_x64", "jax_default_matmul_precision")
+
+# A program lives as long as the step that it is compiled from, and so as the attack.
+_PROGRAMS: weakref.WeakKeyDictionary[Step, dict[Any, Callable]] = weakref.WeakKeyDictionary()
+
+
+def _program(
+    step: Step, kind: tuple[Any, ...], function: Callable, clock: Clock, *args: Any
+) -> Any:
+    """`compile_step` of a function made of the step, or what it gave for arguments like these."""
+    known = _PROGRAMS.setdefault(step, {})
+    leaves, structure = jax.tree.flatten(args)
+    abstract = tuple((jax.typeof(leaf), getattr(leaf, "sharding", None)) for leaf in leaves)
+    settings = tuple(getattr(jax.config, name) for name in _ARITHMETIC)
+    wanted = (kind, structure, abstract, settings)
+    if wanted not in known:
+        known[wanted] = compile_step(function, clock, *args)
+    return known[wanted]
 
 
 def compile_step(function: Callable, clock: Clock, *args: Any) -> Callable:

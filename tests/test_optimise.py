@@ -7,7 +7,9 @@ loss is looked up in a table by that count. So images say which step they belong
 from __future__ import annotations
 
 import dataclasses
+import gc
 import textwrap
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -348,6 +350,65 @@ def test_every_phase_compiles_once(loop: str) -> None:
     assert few[0] == few[1] == {"python": 1, "scan": few[0]}[loop]
     assert few[0] <= 4
     assert compiled_few == compiled_many == 2
+
+
+def stepping(phase: Phase) -> tuple[Phase, list[int]]:
+    """The phase, and how often its step is traced."""
+    traced = [0]
+
+    def step(key: Array, state: State, data: Any) -> Any:
+        traced[0] += 1
+        return phase.step(key, state, data)
+
+    return dataclasses.replace(phase, step=step), traced
+
+
+@LOOPS
+def test_a_second_run_of_one_attack_compiles_nothing(loop: str) -> None:
+    """With another key, other images and other data of the same shapes."""
+    phase, traced = stepping(noisy(7))
+    again = jax.random.key(8), jax.random.normal(jax.random.key(2), (2, 3, 3, 1)), jnp.asarray(0.2)
+    settings: dict[str, Any] = {"loop": loop, "chunk": 3}
+
+    run(phase, **settings)
+    first = traced[0]
+    clock = optimise.Clock()
+    found = optimise.run((phase,), *copied(again), clock=clock, **settings)
+    assert traced[0] == first
+    assert clock.compiling == 0
+    assert clock.steps == 7
+    fresh = optimise.run((noisy(7),), *copied(again), **settings)
+    assert_same(found, fresh)
+
+    # Arguments that are not alike have programs of their own.
+    wide = optimise.run((phase,), again[0], copied(again[1]), jnp.full((3, 3, 1), 0.2), **settings)
+    assert traced[0] > first
+    assert_same(wide, fresh)
+
+
+@LOOPS
+def test_other_arithmetic_has_its_own_program(loop: str) -> None:
+    phase, traced = stepping(noisy(2))
+    run(phase, loop=loop)
+    first = traced[0]
+    with jax.default_matmul_precision("bfloat16"):
+        run(phase, loop=loop)
+    assert traced[0] > first
+
+
+@LOOPS
+def test_programs_die_with_their_step(loop: str) -> None:
+    phase = noisy(4)
+    before = len(optimise._PROGRAMS)
+    run(phase, loop=loop)
+    assert len(optimise._PROGRAMS) == before + 1
+    (program,) = optimise._PROGRAMS[phase.step].values()
+    step, compiled = weakref.ref(phase.step), weakref.ref(program)
+    del phase, program
+    gc.collect()
+    assert step() is None
+    assert compiled() is None
+    assert len(optimise._PROGRAMS) <= before
 
 
 @LOOPS
