@@ -396,8 +396,8 @@ def run(
         takes "python" on CPU and "scan" elsewhere.
       resume: (phase, state after a chunk) of an earlier run.
       clock: told where the time went.
-      should_stop: asked between chunks (between steps in a Python loop); once it is true the
-        loop calls back a last time and returns.
+      should_stop: asked between chunks, and between steps in the Python loop of one process; once
+        it is true the loop calls back a last time and returns.
 
     Raises:
       NonFiniteError: after the callback has seen the chunk's finite steps.
@@ -525,15 +525,20 @@ def _stepped(
 ) -> Advance:
     del chunk
     compiled = _program(step, ("step",), step, clock, key, state, data)
+    # Several processes have to agree on a stop, which is too slow for every step.
+    alone = jax.process_count() == 1
 
     def advance(state: State, count: int) -> tuple[State, Info]:
-        infos = []
+        infos: list[Info] = []
         for _ in range(count):
             state, info = compiled(key, state, data)
-            infos.append(jax.device_get(info))
-            if should_stop():
+            if infos:
+                # The device has its next step and is at most one ahead of Ctrl-C.
+                jax.block_until_ready(infos[-1])
+            infos.append(info)
+            if alone and should_stop():
                 break
-        return state, jax.tree.map(lambda *values: np.stack(values), *infos)
+        return state, jax.tree.map(lambda *values: np.stack(values), *jax.device_get(infos))
 
     return advance
 

@@ -412,6 +412,20 @@ def test_programs_die_with_their_step(loop: str) -> None:
 
 
 @LOOPS
+def test_infos_are_fetched_once_a_chunk(loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched = []
+    fetch = jax.device_get
+
+    def counting(tree: Any) -> Any:
+        fetched.append(1)
+        return fetch(tree)
+
+    monkeypatch.setattr(jax, "device_get", counting)
+    run(noisy(11), loop=loop, chunk=4)
+    assert len(fetched) == 3
+
+
+@LOOPS
 def test_state_is_donated(loop: str) -> None:
     """Each chunk writes into the memory of the one before."""
     states = []
@@ -615,6 +629,46 @@ def test_should_stop_is_obeyed_within_a_step_by_the_python_loop() -> None:
     assert int(state.step) == 3
     assert len(log.metric()) == 3
     assert len(log.chunks) == 1
+
+
+def test_several_processes_are_asked_to_stop_between_chunks_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They all have to answer alike, so that every question is a message to all."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    asked = []
+
+    def stop() -> bool:
+        asked.append(1)
+        return len(asked) >= 2
+
+    state, log = run(noisy(50), loop="python", chunk=5, should_stop=stop)
+    assert len(asked) == 2
+    assert int(state.step) == len(log.metric()) == 10
+
+
+def test_the_python_loop_is_at_most_one_step_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When step t + 1 has been handed over, step t is waited for."""
+    order: list[str] = []
+    wait, compile_step = jax.block_until_ready, optimise.compile_step
+
+    def waiting(tree: Any) -> Any:
+        order.append("wait")
+        return wait(tree)
+
+    def compiling(*args: Any) -> Callable:
+        compiled = compile_step(*args)
+
+        def call(*args: Any) -> Any:
+            order.append("step")
+            return compiled(*args)
+
+        return call
+
+    monkeypatch.setattr(jax, "block_until_ready", waiting)
+    monkeypatch.setattr(optimise, "compile_step", compiling)
+    run(noisy(4), loop="python", chunk=4)
+    assert order == ["step", "step", "wait", "step", "wait", "step", "wait"]
 
 
 @LOOPS
