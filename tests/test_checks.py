@@ -1,0 +1,70 @@
+"""Options that cannot be, and options that nothing would read, are refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import pytest
+
+from jinv import checks
+
+Flavour = Literal["sweet", "sour"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dish:
+    """A config with every kind of annotation."""
+
+    flavour: Flavour = "sweet"
+    side: Literal["rice", "bread"] | None = None
+    bits: Literal["sign"] | int | None = None
+    spoons: int = 2
+    extras: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"salt": 1.0})
+
+    def __post_init__(self) -> None:
+        checks.words(self)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"flavour": "sour"}, {"side": "rice"}, {"side": None}, {"bits": 7}]
+)
+def test_words_of_the_annotations_pass(settings: dict[str, Any]) -> None:
+    Dish(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"flavour": "salty"}, "^flavour is one of sweet, sour, not 'salty'$"),
+        ({"flavour": None}, "^flavour is one of sweet, sour, not None$"),
+        ({"side": "chips"}, "^side is one of rice, bread, None, not 'chips'$"),
+    ],
+)
+def test_other_words_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Dish(**settings)
+
+
+def test_one_of_lists_the_keys_of_a_table() -> None:
+    checks.one_of("method", "b", {"a": 1, "b": 2})
+    with pytest.raises(ValueError, match="^method is one of a, b, not 'c'$"):
+        checks.one_of("method", "c", {"a": 1, "b": 2})
+
+
+def test_options_at_their_defaults_are_not_refused() -> None:
+    checks.unused(Dish(extras={"salt": 1.0}), "nobody eats", "spoons", "extras", "side")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"spoons": 3}, "^spoons: 3 plays no part: nobody eats; leave spoons at 2$"),
+        ({"extras": {}}, "^extras: {} plays no part: nobody eats; leave extras at {'salt': 1.0}$"),
+    ],
+)
+def test_an_option_that_plays_no_part_is_named(settings: dict[str, Any], message: str) -> None:
+    checks.unused(Dish(**settings), "nobody eats", "side")
+    with pytest.raises(ValueError, match=message):
+        checks.unused(Dish(**settings), "nobody eats", "side", "spoons", "extras")
