@@ -20,7 +20,7 @@ def one_of(what: str, value: Any, choices: Iterable[Any]) -> None:
         raise ValueError(f"{what} is one of {', '.join(map(str, choices))}, not {value!r}")
 
 
-def words(config: Any) -> None:
+def words(config: object) -> None:
     """Refuse a dataclass with a field annotated `Literal` that holds none of its words.
 
     A field annotated `Literal[...] | None` may be None too. Other fields are left alone.
@@ -28,12 +28,13 @@ def words(config: Any) -> None:
     Raises:
       ValueError: it names the field, its value and the words.
     """
-    for name, choices in _literals(type(config)):
+    cls: Any = type(config)
+    for name, choices in _literals(cls):
         one_of(name, getattr(config, name), choices)
 
 
 @functools.cache
-def _literals(cls: type) -> tuple[tuple[str, tuple[Any, ...]], ...]:
+def _literals(cls: Any) -> tuple[tuple[str, tuple[Any, ...]], ...]:
     """The class's fields that take only words, with these."""
     hints = get_type_hints(cls)
     found = [(field.name, _words_of(hints[field.name])) for field in dataclasses.fields(cls)]

@@ -49,7 +49,7 @@ def test_other_words_are_refused(settings: dict[str, Any], message: str) -> None
 
 def test_one_of_lists_the_keys_of_a_table() -> None:
     checks.one_of("method", "b", {"a": 1, "b": 2})
-    with pytest.raises(ValueError, match="^method is one of a, b, not 'c'$"):
+    with pytest.raises(ValueError, match=r"^method is one of a, b, not 'c'$"):
         checks.one_of("method", "c", {"a": 1, "b": 2})
 
 
@@ -60,8 +60,8 @@ def test_options_at_their_defaults_are_not_refused() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"spoons": 3}, "^spoons: 3 plays no part: nobody eats; leave spoons at 2$"),
-        ({"extras": {}}, "^extras: {} plays no part: nobody eats; leave extras at {'salt': 1.0}$"),
+        ({"spoons": 3}, r"^spoons: 3 plays no part: nobody eats; leave spoons at 2$"),
+        ({"extras": {}}, r"^extras: {} plays no part: nobody eats; leave extras at {'salt': 1.0}$"),
     ],
 )
 def test_an_option_that_plays_no_part_is_named(settings: dict[str, Any], message: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args, get_type_hints
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from jinv import image, optimise, parallel
+from jinv import checks, image, optimise, parallel
 from jinv.image import Preprocessing
 from jinv.net import Net, Outputs
 from jinv.objective import ensemble, microbatch, priors
@@ -123,11 +123,7 @@ class Config:
                 raise ValueError(
                     f"steps and downscale must be positive, jitter at least 0: {phase}"
                 )
-        hints = get_type_hints(Config)
-        for name in ("coarse", "schedule", "label_loss"):
-            value, choices = getattr(self, name), get_args(hints[name])
-            if value not in choices:
-                raise ValueError(f"{name} is one of {', '.join(choices)}, not {value!r}")
+        checks.words(self)
         if self.temperature <= 0 or self.adaptive_temperature <= 0:
             raise ValueError("temperatures must be positive")
         if not 0 <= self.lr_floor <= 1:
@@ -135,6 +131,26 @@ class Config:
         if not 0 <= self.flip <= 1:
             raise ValueError(f"flip is a probability, not {self.flip}")
         _optimiser_factory(self.optimizer)
+        self._check_unused()
+
+    def _check_unused(self) -> None:
+        schedule = f"schedule is {self.schedule!r}"
+        if self.schedule != "cosine":
+            checks.unused(self, schedule, "lr_floor")
+        if self.schedule != "plateau":
+            checks.unused(self, schedule, "plateau_patience", "plateau_factor")
+        if self.label_loss == "target_logit":
+            checks.unused(self, "label_loss is 'target_logit'", "temperature")
+        if not self.adaptive:
+            checks.unused(self, "adaptive is 0", "adaptive_temperature")
+        if all(phase.downscale == 1 for phase in self.phases):
+            checks.unused(self, "no phase has a downscale", "coarse")
+        for name in ("lr", "tv_l2"):
+            if all(getattr(phase, name) is not None for phase in self.phases):
+                checks.unused(self, f"every phase has a {name} of its own", name)
+        weights = [self.tv_l2 if phase.tv_l2 is None else phase.tv_l2 for phase in self.phases]
+        if not any(weights):
+            checks.unused(self, "tv_l2 is 0", "tv_per_image")
 
 
 class Data(NamedTuple):
@@ -203,6 +219,8 @@ def build(
     """
     if not members:
         raise ValueError("an attack needs at least one network")
+    if not any(member.weights.label for member in members):
+        checks.unused(config, "the networks' label terms weigh 0", "label_loss", "temperature")
     if (config.adaptive != 0) != (competitor is not None):
         raise ValueError("R_adi needs both a weight (adaptive) and a competitor network")
     space = space or members[0].net.preprocessing

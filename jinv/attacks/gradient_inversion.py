@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ import optax
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
-from jinv import image, optimise, parallel
+from jinv import checks, image, optimise, parallel
 from jinv.federated import defences, registration
 from jinv.federated import evidence as evidences
 from jinv.federated.defences import Defence
@@ -43,8 +43,7 @@ class Config:
 
     Attributes:
       steps: number of steps.
-      lr: learning rate, after `warmup` linear steps falling to 0 along a cosine; of L-BFGS with
-        its line search no more than the first trial.
+      lr: learning rate, after `warmup` linear steps falling to 0 along a cosine. L-BFGS has none.
       warmup: steps.
       optimiser: "adam", or "lbfgs" for every seed alone.
       signed: Adam sees the sign of the gradient only (Inverting Gradients).
@@ -89,14 +88,36 @@ class Config:
         for name in ("steps", "seeds", "group_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name, kind in (("distance", Distance), ("optimiser", Optimiser)):
-            choices = get_args(kind)
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} is one of {', '.join(choices)}, not {getattr(self, name)!r}"
-                )
-        if self.optimiser == "lbfgs" and (self.signed or self.noise):
-            raise ValueError("L-BFGS goes with neither signed steps nor noise: set noise: 0")
+        checks.words(self)
+        if self.optimiser == "lbfgs":
+            if self.signed or self.noise:
+                raise ValueError("L-BFGS goes with neither signed steps nor noise: set noise: 0")
+            checks.unused(self, "L-BFGS searches for the length of its steps", "lr", "warmup")
+        if not self.gradient:
+            checks.unused(self, "the gradient weighs 0", "distance", "layers")
+        if not self.batch_norm:
+            checks.unused(self, "batch_norm is 0", "first_bn_multiplier")
+        if self.seeds == 1 and self.group:
+            checks.unused(self, "one seed has no consensus", "group")
+        if not self.grouped:
+            checks.unused(self, "there is no consensus", "group_from", "group_every")
+
+    @property
+    def grouped(self) -> bool:
+        """Whether candidates are pulled to a consensus."""
+        return self.seeds > 1 and self.group > 0
+
+    def without_gradient(self) -> Config:
+        """The BN-only ablation: one seed of the same attack, without the gradient.
+
+        L-BFGS, which needs the gradient's accuracy, becomes Adam.
+        """
+        plain = Config()
+        idle = ("distance", "layers", "group_from", "group_every")
+        changes: dict[str, Any] = {name: getattr(plain, name) for name in idle}
+        if self.optimiser == "lbfgs":
+            changes["optimiser"] = "adam"
+        return dataclasses.replace(self, gradient=0.0, seeds=1, group=0.0, **changes)
 
 
 _ALONE: dict[str, Any] = {"seeds": 1, "group": 0.0, "noise": 0.0, "l2": 0.0, "batch_norm": 0.0}
@@ -115,8 +136,6 @@ PRESETS = {
     ),
     "dlg": Config(
         steps=300,
-        lr=1.0,
-        warmup=0,
         optimiser="lbfgs",
         distance="squared_l2",
         gradient=1.0,
@@ -148,6 +167,7 @@ class Execution:
     gradients: gradient_matching.Form = "auto"
 
     def __post_init__(self) -> None:
+        checks.words(self)
         for name in ("seeds_at_once", "images_at_once"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -329,7 +349,7 @@ def build(
         return image.clip(found, space)
 
     rate = optimise.warm_cosine(config.lr, config.warmup, config.steps)
-    grouped = config.seeds > 1 and config.group > 0
+    grouped = config.grouped
 
     def remember(step: Array, found: Any, consensus: Array) -> tuple[Array, Array]:
         images = found.images if isinstance(found, Candidates) else found

@@ -11,13 +11,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jinv import checks
 from jinv.federated.evidence import Evidence, Parameters
 from jinv.objective import priors
 
@@ -60,8 +61,9 @@ class Defence:
             raise ValueError("noise_multiplier is in units of clip: set clip too")
         if not 0 < self.keep <= 1:
             raise ValueError(f"keep is a share above 0 and up to 1, not {self.keep}")
-        if self.keep_per not in get_args(KeepPer):
-            raise ValueError(f"keep_per is 'update' or 'layer', not {self.keep_per!r}")
+        checks.words(self)
+        if self.keep == 1:
+            checks.unused(self, "keep is 1: every coordinate is sent", "keep_per")
         bits = isinstance(self.quantise, int) and not isinstance(self.quantise, bool)
         if bits and not 1 <= self.quantise <= 16:  # type: ignore[operator]
             raise ValueError(f"quantise takes 1 to 16 bits, not {self.quantise}")

@@ -19,6 +19,7 @@ import numpy as np
 from jax import Array, lax
 
 import weights_convert
+from jinv import checks
 from jinv.files import write_atomic
 from jinv.net import Moments, Net, Parameters, Variables, parameters, with_parameters
 from jinv.objective.terms import cross_entropy
@@ -68,6 +69,7 @@ class Evidence:
     local: Local | None = None
 
     def __post_init__(self) -> None:
+        checks.words(self)
         if self.images < 1:
             raise ValueError(f"evidence is of at least one image, not {self.images}")
         if (self.moments is not None) != (self.statistics in _WITH_MOMENTS):

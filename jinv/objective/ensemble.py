@@ -24,7 +24,7 @@ from jax import Array, lax
 from jax.extend import core
 from jax.sharding import Mesh, PartitionSpec
 
-from jinv import parallel
+from jinv import checks, parallel
 from jinv.objective.terms import weigh
 
 NETWORKS = "networks"
@@ -78,6 +78,7 @@ class Execution:
     stack: bool = False
 
     def __post_init__(self) -> None:
+        checks.words(self)
         for name in ("networks_at_once", "images_at_once"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jinv import checks
 from jinv.net import Net, Outputs
 from jinv.objective import priors
 
@@ -31,6 +32,11 @@ class Weights:
     batch_norm: float = 0.01
     first_bn_multiplier: float = 10.0
     bn_weighting: priors.LayerWeighting = "published"
+
+    def __post_init__(self) -> None:
+        checks.words(self)
+        if not self.batch_norm:
+            checks.unused(self, "batch_norm is 0", "first_bn_multiplier", "bn_weighting")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -209,9 +209,7 @@ class Leakage:
         self.attack = self._build(recipe.attack, self._ways(), recipe.execution)
         self.ablation = None
         if recipe.attack.gradient and self.attack.data.moments:
-            alone = dataclasses.replace(recipe.attack, gradient=0.0, seeds=1, group=0.0)
-            if alone.optimiser == "lbfgs":
-                alone = dataclasses.replace(alone, optimiser="adam", lr=0.1)
+            alone = recipe.attack.without_gradient()
             known = self.classes or [0] * self.held.images  # without a gradient none matter
             self.ablation = self._build(alone, known, gradient_inversion.Execution())
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import optax
 from jax import Array
 
+from jinv import checks
 from jinv.shadow import heads
 from jinv.shadow.heads import Head, Parameters
 
@@ -117,14 +118,11 @@ class Config:
             raise ValueError("lr and pos_weight must be positive")
         if not 0 <= self.momentum < 1 or min(self.weight_decay, self.init_std) < 0:
             raise ValueError("momentum must be in [0, 1), weight_decay and init_std at least 0")
-        for name, kind in (("head", heads.Kind), ("optimiser", Optimiser), ("path", Path)):
-            if getattr(self, name) not in get_args(kind):
-                choices = ", ".join(get_args(kind))
-                raise ValueError(f"{name} is one of {choices}, not {getattr(self, name)!r}")
-        if self.optimiser == "adam" and self.momentum:
-            raise ValueError("momentum is of the optimiser sgd; adam has its own")
-        if self.head == "linear" and self.pos_weight != 1:
-            raise ValueError("pos_weight is of the binary head")
+        checks.words(self)
+        if self.optimiser == "adam":
+            checks.unused(self, "optimiser is 'adam', which has its own", "momentum")
+        others = ("hidden", "pos_weight") if self.head == "linear" else ("classes",)
+        checks.unused(self, f"head is {self.head!r}", *others)
         if self.privacy is not None and self.batch is not None:
             raise ValueError("with privacy examples are sampled one by one: set no batch")
 

@@ -874,6 +874,14 @@ def test_presets_build(name: str) -> None:
         ({"schedule": "linear"}, "schedule.*'linear'"),
         ({"coarse": "tiny"}, "coarse.*'tiny'"),
         ({"label_loss": "hinge"}, "label_loss.*'hinge'"),
+        ({"lr_floor": 0.5, "schedule": "constant"}, "lr_floor: 0.5 plays no part: schedule is"),
+        ({"plateau_factor": 0.1}, "plateau_factor: 0.1 plays no part: schedule is 'cosine'"),
+        ({"plateau_patience": 9.0}, "plateau_patience: 9.0 plays no part: schedule is 'cosine'"),
+        ({"label_loss": "target_logit", "temperature": 2.0}, "temperature: 2.0 plays no part"),
+        ({"adaptive_temperature": 2.0}, "adaptive_temperature: 2.0 plays no part: adaptive is 0"),
+        ({"coarse": "small", "phases": (Phase(1),)}, "coarse: 'small' plays no part"),
+        ({"lr": 0.5, "phases": (Phase(1, lr=0.1),)}, "every phase has a lr of its own"),
+        ({"tv_l2": 0.0, "tv_per_image": True}, "tv_per_image: True plays no part: tv_l2 is 0"),
     ],
 )
 def test_config_refuses(settings: dict[str, Any], message: str) -> None:

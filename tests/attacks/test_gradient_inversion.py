@@ -189,10 +189,11 @@ def test_every_seed_may_have_its_own_labels() -> None:
 
 def test_a_group_draws_together_once_it_has_a_consensus() -> None:
     net, held, _ = small()
-    base = PLAIN | {"steps": 60, "seeds": 4, "group_from": 20, "group_every": 10, "lr": 0.05}
+    base = PLAIN | {"steps": 60, "seeds": 4, "lr": 0.05, "gradient": 0.01}
+    pulled = {"group": 1.0, "group_from": 20, "group_every": 10}
     spread = {}
-    for weight in (0.0, 1.0):
-        config = Config(**base | {"group": weight, "gradient": 0.01})
+    for weight, group in ((0.0, {"group": 0.0}), (1.0, pulled)):
+        config = Config(**base | group)
         state, metrics = run(gradient_inversion.build(config, net, held, [2, 5], register=None))
         spread[weight] = float(np.std(np.asarray(state.images), axis=0).mean())
         if weight:
@@ -338,6 +339,40 @@ def test_candidates_whose_objective_changes_forget_their_best_images() -> None:
 def test_config_refuses(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
         Config(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"lr": 1.0, "optimiser": "lbfgs", "noise": 0.0}, "L-BFGS searches"),
+        ({"warmup": 0, "optimiser": "lbfgs", "noise": 0.0}, "L-BFGS searches"),
+        ({"distance": "cosine", "gradient": 0.0}, "the gradient weighs 0"),
+        ({"layers": {"fc": 0.0}, "gradient": 0.0}, "the gradient weighs 0"),
+        ({"first_bn_multiplier": 2.0, "batch_norm": 0.0}, "batch_norm is 0"),
+        ({"group": 0.5, "seeds": 1}, "one seed has no consensus"),
+        ({"group_from": 10, "seeds": 1}, "there is no consensus"),
+        ({"group_every": 10, "group": 0.0}, "there is no consensus"),
+    ],
+)
+def test_options_that_play_no_part_are_refused(settings: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=f"^{next(iter(settings))}: .* plays no part: {reason}"):
+        Config(**settings)
+
+
+def test_execution_takes_only_its_words() -> None:
+    with pytest.raises(ValueError, match="gradients is one of auto, formed, not 'never'"):
+        Execution(gradients="never")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("config", PRESETS.values(), ids=PRESETS)
+def test_every_config_has_its_ablation(config: Config) -> None:
+    alone = config.without_gradient()
+    assert (alone.gradient, alone.seeds, alone.group, alone.optimiser) == (0, 1, 0, "adam")
+    assert (alone.steps, alone.tv_l2, alone.batch_norm) == (
+        config.steps,
+        config.tv_l2,
+        config.batch_norm,
+    )
 
 
 # --- what comes back -----------------------------------------------------------------------------

@@ -157,8 +157,9 @@ def test_signs_come_with_the_mean_magnitude_of_what_a_layer_sends(keep: float) -
 @pytest.mark.parametrize("bits", [1, 2, 5, 10])
 def test_bits_are_the_nearest_of_even_levels(bits: int, keep: float) -> None:
     held = update()
-    before = sent(Defence(keep=keep, keep_per="layer"), held)
-    after = sent(Defence(keep=keep, keep_per="layer", quantise=bits), held)
+    per: Any = {"keep_per": "layer"} if keep < 1 else {}
+    before = sent(Defence(keep=keep, **per), held)
+    after = sent(Defence(keep=keep, **per, quantise=bits), held)
     for ours, theirs in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True):
         there = theirs != 0
         np.testing.assert_array_equal(ours[~there], 0)
@@ -236,7 +237,8 @@ def test_defences_come_out_of_a_config(tree: dict[str, Any], text: str) -> None:
         ({"clip": 1, "noise_multiplier": -1}, "noise_multiplier cannot be -1"),
         ({"keep": 0}, "share above 0"),
         ({"keep": 1.5}, "share above 0"),
-        ({"keep": 0.5, "keep_per": "row"}, "'update' or 'layer'"),
+        ({"keep": 0.5, "keep_per": "row"}, "keep_per is one of update, layer, not 'row'"),
+        ({"keep_per": "layer"}, "keep_per: 'layer' plays no part: keep is 1"),
         ({"quantise": 0}, "1 to 16 bits"),
         ({"quantise": 32}, "1 to 16 bits"),
         ({"quantise": True}, "'sign' or a number of bits"),

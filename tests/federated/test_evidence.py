@@ -256,6 +256,7 @@ def test_wrong_evidence_names_the_layer(tmp_path: Path, value: Any, message: str
         ('{"images": 0}', "at least one image"),
         ('{"images": 4, "colour": 1}', "colour"),
         ('{"images": 4, "statistics": "exact"}', "do not go together"),
+        ('{"images": 4, "statistics": "all"}', "statistics is one of none, running"),
         ('{"images": 4, "local": {"lr": 0.1, "batches": [[0, 1]]}}', "images 0 to 3, all"),
         ('{"images": 4, "local": {"lr": -1, "batches": [[0]]}}', "positive lr"),
     ],

@@ -228,6 +228,11 @@ def test_less_than_one_at_once_is_an_error(name: str) -> None:
         Execution(**{name: 0})
 
 
+def test_an_unknown_placement_is_an_error() -> None:
+    with pytest.raises(ValueError, match="placement is one of auto, data, networks, not 'nowhere'"):
+        Execution(placement="nowhere")  # type: ignore[arg-type]
+
+
 # --- placement -----------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -143,6 +144,19 @@ def test_running_statistics_come_from_the_variables_given() -> None:
 def test_terms_of_weight_zero_are_left_out() -> None:
     assert list(terms_of(Weights(label=0))[0]) == ["batch_norm"]
     assert list(terms_of(Weights(batch_norm=0))[0]) == ["label"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bn_weighting": "foo"}, "bn_weighting is one of published, relative, standardised"),
+        ({"batch_norm": 0, "first_bn_multiplier": 1}, "first_bn_multiplier: 1 plays no part"),
+        ({"batch_norm": 0, "bn_weighting": "relative"}, "bn_weighting: 'relative' plays no part"),
+    ],
+)
+def test_weights_refuse(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Weights(**settings)
 
 
 def test_network_without_batch_norm_adds_its_label_loss_only() -> None:
