@@ -38,7 +38,7 @@ class Phase:
     """Steps at one resolution.
 
     Attributes:
-      steps: number of steps; the optimiser and its schedule start anew with each phase.
+      steps: number of steps; the optimizer and its schedule start anew with each phase.
       downscale: the networks see images smaller by this factor.
       jitter: largest shift in pixels of what the networks see; each axis is rolled by a
         uniform integer in [-jitter, jitter].
@@ -63,7 +63,7 @@ class Config:
         through average pooling, as published; what pooling cannot see stays initial noise.
         "small": pixels at that resolution, enlarged bilinearly for the next phase.
       lr: learning rate.
-      optimizer: name of an optax optimiser.
+      optimizer: name of an optax optimizer.
       optimizer_args: its keyword arguments other than the learning rate.
       schedule: "cosine" to `lr_floor` after `warmup` linear steps; "constant" after the same
         warm-up;
@@ -130,7 +130,7 @@ class Config:
             raise ValueError(f"lr_floor is a share of the learning rate, not {self.lr_floor}")
         if not 0 <= self.flip <= 1:
             raise ValueError(f"flip is a probability, not {self.flip}")
-        _optimiser_factory(self.optimizer)
+        _optimizer_factory(self.optimizer)
         self._check_unused()
 
     def _check_unused(self) -> None:
@@ -266,18 +266,18 @@ def build(
     phases = []
     for phase in config.phases:
         factor = phase.downscale if config.coarse == "pooled" else 1
-        optimiser = make_optimiser(config, phase)
+        optimizer = make_optimizer(config, phase)
         stop = None
         if config.early_stop is not None:
             stop = optimise.EarlyStop(_percent(config.early_stop, phase.steps))
         step = optimise.make_step(
-            _loss(config, phase, factor, evaluate), optimiser, project=project, early_stop=stop
+            _loss(config, phase, factor, evaluate), optimizer, project=project, early_stop=stop
         )
         phases.append(
             optimise.Phase(
                 f"{height // phase.downscale} x {width // phase.downscale} px",
                 phase.steps,
-                _enter(optimiser, resolution(phase)),
+                _enter(optimizer, resolution(phase)),
                 step,
                 cost=1 / phase.downscale**2,
             )
@@ -333,10 +333,10 @@ def _terms(
 
 
 def _enter(
-    optimiser: optax.GradientTransformation, resolution: tuple[int, int]
+    optimizer: optax.GradientTransformation, resolution: tuple[int, int]
 ) -> Callable[[Array, Any], optimise.State]:
     def enter(images: Array, step: Any) -> optimise.State:
-        return optimise.init(image.resize(images, resolution), optimiser, step)
+        return optimise.init(image.resize(images, resolution), optimizer, step)
 
     return enter
 
@@ -373,22 +373,22 @@ def augment(key: Array, images: Array, downscale: int, jitter: int, flip: float)
     return image.flip(flip_key, images, flip) if flip else images
 
 
-def make_optimiser(config: Config, phase: Phase) -> optax.GradientTransformation:
-    """The phase's optimiser with its learning-rate schedule."""
-    factory = _optimiser_factory(config.optimizer)
+def make_optimizer(config: Config, phase: Phase) -> optax.GradientTransformation:
+    """The phase's optimizer with its learning-rate schedule."""
+    factory = _optimizer_factory(config.optimizer)
     lr = config.lr if phase.lr is None else phase.lr
     try:
-        optimiser = factory(_schedule(config, phase, lr), **config.optimizer_args)
+        optimizer = factory(_schedule(config, phase, lr), **config.optimizer_args)
     except TypeError as error:
         raise ValueError(f"optax.{config.optimizer} refuses its arguments: {error}") from None
-    if not isinstance(optimiser, optax.GradientTransformation):
-        raise ValueError(f"optax.{config.optimizer} is no optimiser")
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise ValueError(f"optax.{config.optimizer} is no optimizer")
     if config.schedule != "plateau":
-        return optimiser
+        return optimizer
     plateau = optax.contrib.reduce_on_plateau(
         factor=config.plateau_factor, patience=_percent(config.plateau_patience, phase.steps)
     )
-    return optax.chain(optimiser, plateau)
+    return optax.chain(optimizer, plateau)
 
 
 def _schedule(config: Config, phase: Phase, lr: float) -> optax.Schedule:
@@ -397,10 +397,10 @@ def _schedule(config: Config, phase: Phase, lr: float) -> optax.Schedule:
     return optimise.warm_cosine(lr, config.warmup, phase.steps, floor)
 
 
-def _optimiser_factory(name: str) -> Callable[..., optax.GradientTransformation]:
+def _optimizer_factory(name: str) -> Callable[..., optax.GradientTransformation]:
     factory = getattr(optax, name, None)
     if name.startswith("_") or not callable(factory) or isinstance(factory, type):
-        raise ValueError(f"optax has no optimiser {name!r}")
+        raise ValueError(f"optax has no optimizer {name!r}")
     return factory
 
 

@@ -33,7 +33,7 @@ from jinv.objective.gradient_matching import Match
 from jinv.objective.terms import weigh
 
 Distance = Literal["l2", "squared_l2", "cosine"]
-Optimiser = Literal["adam", "lbfgs"]
+Optimizer = Literal["adam", "lbfgs"]
 SEEDS, IMAGES = "seeds", "images"
 
 
@@ -45,7 +45,7 @@ class Config:
       steps: number of steps.
       lr: learning rate, after `warmup` linear steps falling to 0 along a cosine. L-BFGS has none.
       warmup: steps.
-      optimiser: "adam", or "lbfgs" for every seed alone.
+      optimizer: "adam", or "lbfgs" for every seed alone.
       signed: Adam sees the sign of the gradient only (Inverting Gradients).
       distance: of gradients. "l2": sum_l ||g_l - g*_l||_2; "squared_l2": of the squares; "cosine":
         1 - <g, g*> / (||g|| ||g*||) over all layers.
@@ -66,7 +66,7 @@ class Config:
     steps: int = 20000
     lr: float = 0.1
     warmup: int = 50
-    optimiser: Optimiser = "adam"
+    optimizer: Optimizer = "adam"
     signed: bool = False
     distance: Distance = "l2"
     gradient: float = 1e-3
@@ -89,7 +89,7 @@ class Config:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         checks.words(self)
-        if self.optimiser == "lbfgs":
+        if self.optimizer == "lbfgs":
             if self.signed or self.noise:
                 raise ValueError("L-BFGS goes with neither signed steps nor noise: set noise: 0")
             checks.unused(self, "L-BFGS searches for the length of its steps", "lr", "warmup")
@@ -115,8 +115,8 @@ class Config:
         plain = Config()
         idle = ("distance", "layers", "group_from", "group_every")
         changes: dict[str, Any] = {name: getattr(plain, name) for name in idle}
-        if self.optimiser == "lbfgs":
-            changes["optimiser"] = "adam"
+        if self.optimizer == "lbfgs":
+            changes["optimizer"] = "adam"
         return dataclasses.replace(self, gradient=0.0, seeds=1, group=0.0, **changes)
 
 
@@ -136,7 +136,7 @@ PRESETS = {
     ),
     "dlg": Config(
         steps=300,
-        optimiser="lbfgs",
+        optimizer="lbfgs",
         distance="squared_l2",
         gradient=1.0,
         tv_l2=0.0,
@@ -359,11 +359,11 @@ def build(
         now = lax.cond(renewed, lambda: _consensus(images, register), lambda: consensus)
         return now, renewed
 
-    optimiser = _optimiser(config, rate)
+    optimizer = _optimizer(config, rate)
 
     def enter(images: Any, step: Any) -> optimise.State:
         memory = jnp.zeros(shape[1:]) if grouped else ()
-        return optimise.init(images, optimiser, step, candidates=True, memory=memory)
+        return optimise.init(images, optimizer, step, candidates=True, memory=memory)
 
     moments: Any = ()
     if config.batch_norm and net.statistics and evidence.statistics != "none":
@@ -383,11 +383,11 @@ def build(
     objective = _Objective(config, net, evidence, space, defence, execution, mesh)
     step = optimise.make_step(
         objective.grouped if grouped else objective.alone,
-        optimiser,
+        optimizer,
         project=project,
         noise=(lambda t: config.noise * rate(t)) if config.noise else None,
         remember=remember if grouped else None,
-        line_search=config.optimiser == "lbfgs",
+        line_search=config.optimizer == "lbfgs",
     )
     return Attack(
         (optimise.Phase(f"{config.seeds} x {count} images", config.steps, enter, step),),
@@ -399,8 +399,8 @@ def build(
     )
 
 
-def _optimiser(config: Config, rate: optax.Schedule) -> optax.GradientTransformation:
-    if config.optimiser == "lbfgs":
+def _optimizer(config: Config, rate: optax.Schedule) -> optax.GradientTransformation:
+    if config.optimizer == "lbfgs":
         return optimise.each_candidate(optax.lbfgs())
     adam = optax.adam(rate)
     if config.signed:

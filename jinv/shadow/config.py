@@ -14,7 +14,7 @@ from jinv.shadow import heads
 from jinv.shadow.heads import Head, Parameters
 
 Path = Literal["auto", "ordinary", "row_space"]
-Optimiser = Literal["sgd", "adam"]
+Optimizer = Literal["sgd", "adam"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Config:
       pos_weight: of "binary": weight of label 1 in the loss.
       epochs: passes over the training set; with `privacy` steps.
       batch: examples a step, the last step of an epoch taking what is left; None for all.
-      optimiser: "sgd", torch.optim.SGD; "adam", torch.optim.Adam.
+      optimizer: "sgd", torch.optim.SGD; "adam", torch.optim.Adam.
       lr: learning rate.
       momentum: of "sgd".
       weight_decay: of all parameters, added to the gradient.
@@ -100,7 +100,7 @@ class Config:
     pos_weight: float = 1.0
     epochs: int = 32
     batch: int | None = None
-    optimiser: Optimiser = "sgd"
+    optimizer: Optimizer = "sgd"
     lr: float = 0.01
     momentum: float = 0.0
     weight_decay: float = 1e-5
@@ -119,8 +119,8 @@ class Config:
         if not 0 <= self.momentum < 1 or min(self.weight_decay, self.init_std) < 0:
             raise ValueError("momentum must be in [0, 1), weight_decay and init_std at least 0")
         checks.words(self)
-        if self.optimiser == "adam":
-            checks.unused(self, "optimiser is 'adam', which has its own", "momentum")
+        if self.optimizer == "adam":
+            checks.unused(self, "optimizer is 'adam', which has its own", "momentum")
         others = ("hidden", "pos_weight") if self.head == "linear" else ("classes",)
         checks.unused(self, f"head is {self.head!r}", *others)
         if self.privacy is not None and self.batch is not None:
@@ -154,9 +154,9 @@ def make_head(config: Config) -> Head:
     return heads.binary(config.hidden, config.init_std, config.pos_weight)
 
 
-def make_optimiser(config: Config) -> optax.GradientTransformation:
-    """The config's optimiser; weight decay is added to the gradient, as in torch."""
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """The config's optimizer; weight decay is added to the gradient, as in torch."""
     decay = optax.add_decayed_weights(config.weight_decay)
-    if config.optimiser == "adam":
+    if config.optimizer == "adam":
         return optax.chain(decay, optax.adam(config.lr))
     return optax.chain(decay, optax.sgd(config.lr, config.momentum or None))

@@ -15,19 +15,19 @@ from jinv.shadow.heads import Parameters
 
 
 def descend(
-    optimiser: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     start: Parameters,
     gradient: Callable[[Parameters, Array], Parameters],
     steps: int,
 ) -> Parameters:
-    """So many steps of the optimiser along `gradient(parameters, step)`."""
+    """So many steps of the optimizer along `gradient(parameters, step)`."""
 
     def step(carry: Any, t: Array) -> tuple[Any, None]:
         parameters, state = carry
-        updates, state = optimiser.update(gradient(parameters, t), state, parameters)
+        updates, state = optimizer.update(gradient(parameters, t), state, parameters)
         return (optax.apply_updates(parameters, updates), state), None
 
-    (found, _), _ = lax.scan(step, (start, optimiser.init(start)), jnp.arange(steps))
+    (found, _), _ = lax.scan(step, (start, optimizer.init(start)), jnp.arange(steps))
     return found
 
 

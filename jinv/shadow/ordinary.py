@@ -1,4 +1,4 @@
-"""Training a head as it is: any head, any optimiser; what the row-space path is tested against."""
+"""Training a head as it is: any head, any optimizer; what the row-space path is tested against."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jinv.shadow.descent import clipped, descend, noised, normal_like, shares, s
 from jinv.shadow.heads import Head, Parameters
 
 
-def build(config: Config, head: Head, optimiser: optax.GradientTransformation) -> Train:
+def build(config: Config, head: Head, optimizer: optax.GradientTransformation) -> Train:
     """Training of one shadow model."""
 
     def train(key: Array, features: Array, labels: Array) -> Shadow:
@@ -39,7 +39,7 @@ def build(config: Config, head: Head, optimiser: optax.GradientTransformation) -
                 return jax.grad(loss)(parameters, share[t])
             return private(config.privacy, parameters, t)
 
-        found = descend(optimiser, head.init(init_key, width), gradient, config.steps(examples))
+        found = descend(optimizer, head.init(init_key, width), gradient, config.steps(examples))
         return Shadow(found, loss(found, jnp.ones(examples)))
 
     return train

@@ -1,12 +1,12 @@
 """Training inside the span of the features: the same weights for a fraction of the arithmetic.
 
 The gradient of the first layer's weights W (H, D) is G' X with the features X (N, D) and the
-gradient G (N, H) of z = X W'. Under any optimiser that is linear and treats coordinates alike (SGD,
+gradient G (N, H) of z = X W'. Under any optimizer that is linear and treats coordinates alike (SGD,
 momentum, weight decay), therefore
 
     W_t = c_t W_0 + A_t' X,        z_t = c_t X W_0' + (X X') A_t
 
-where A (N, H) follows the optimiser with G for a gradient, and the number c with none. The loop
+where A (N, H) follows the optimizer with G for a gradient, and the number c with none. The loop
 sees N x N and N x H arrays only.
 
 DP-SGD adds noise Z_t in all D directions. With X = L Q, where the r <= N rows of Q are orthonormal,
@@ -18,7 +18,7 @@ With one normal G (H, D) for both,
     z_t = c_t std X G' + (X X') A_t + S_t
     W_T = s G + (c_T std - s) (G Q') Q + (L^+ S_T)' Q + A_T' X
 
-where S (N, H) follows the optimiser with L (Z_t Q')' for a gradient. That is equal in distribution.
+where S (N, H) follows the optimizer with L (Z_t Q')' for a gradient. That is equal in distribution.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _ROWS, _KEPT, _SEEN = _OWN = ("rows", "kept", "seen")
 """A_t, c_t and S_t, which move beside the parameters."""
 
 
-def build(config: Config, head: Head, optimiser: optax.GradientTransformation) -> Train:
+def build(config: Config, head: Head, optimizer: optax.GradientTransformation) -> Train:
     """Training of one shadow model in the span of its features."""
     if config.privacy is None:
-        return _exact(config, head, optimiser)
-    return _private(config, config.privacy, head, optimiser)
+        return _exact(config, head, optimizer)
+    return _private(config, config.privacy, head, optimizer)
 
 
-def _exact(config: Config, head: Head, optimiser: optax.GradientTransformation) -> Train:
+def _exact(config: Config, head: Head, optimizer: optax.GradientTransformation) -> Train:
     first, after = head.first, head.after
     assert first is not None
     assert after is not None
@@ -70,7 +70,7 @@ def _exact(config: Config, head: Head, optimiser: optax.GradientTransformation) 
             return {**found, _ROWS: rows, _KEPT: jnp.zeros_like(moving[_KEPT])}
 
         start |= {_ROWS: jnp.zeros_like(projected), _KEPT: jnp.ones((), projected.dtype)}
-        moved = descend(optimiser, start, gradient, config.steps(examples))
+        moved = descend(optimizer, start, gradient, config.steps(examples))
         others = without(moved, _ROWS, _KEPT)
         weight = moved[_KEPT] * initial + moved[_ROWS].T @ features
         return Shadow({first: weight, **others}, loss(others, z(moved), jnp.ones(examples)))
@@ -79,7 +79,7 @@ def _exact(config: Config, head: Head, optimiser: optax.GradientTransformation) 
 
 
 def _private(
-    config: Config, privacy: Privacy, head: Head, optimiser: optax.GradientTransformation
+    config: Config, privacy: Privacy, head: Head, optimizer: optax.GradientTransformation
 ) -> Train:
     first, after, std = head.first, head.after, head.first_std
     assert first is not None
@@ -91,7 +91,7 @@ def _private(
         init_key, order_key, noise_key = jax.random.split(key, 3)
         steps = config.steps(examples)
         expected = privacy.expected(examples)
-        scale = orthogonal_scale(optimiser, steps, std, privacy.deviation / expected)
+        scale = orthogonal_scale(optimizer, steps, std, privacy.deviation / expected)
 
         start = head.init(init_key, width)
         shape = start.pop(first).shape
@@ -136,7 +136,7 @@ def _private(
 
         start |= {_ROWS: jnp.zeros_like(products), _SEEN: jnp.zeros_like(products)}
         start |= {_KEPT: jnp.ones((), products.dtype)}
-        moved = descend(optimiser, start, gradient, steps)
+        moved = descend(optimizer, start, gradient, steps)
         others = without(moved, *_OWN)
         inside = (moved[_KEPT] * std - scale) * drawn + moved[_SEEN].T @ mixing
         weight = scale * normal + (inside @ mixing.T + moved[_ROWS].T) @ features
@@ -161,22 +161,22 @@ def factorise(gram: Array) -> tuple[Array, Array]:
 
 
 def orthogonal_scale(
-    optimiser: optax.GradientTransformation, steps: int, init_std: float, noise: float
+    optimizer: optax.GradientTransformation, steps: int, init_std: float, noise: float
 ) -> float:
     """Standard deviation after training of a weight that no example moves.
 
     s^2 = init_std^2 c^2 + noise^2 sum_t k_t^2, where c is what becomes of 1 without gradients and
-    k_t of the gradient 1 at step t alone. The optimiser is linear: c and k follow from running it.
+    k_t of the gradient 1 at step t alone. The optimizer is linear: c and k follow from running it.
 
     Args:
-      optimiser: of SGD's kind.
+      optimizer: of SGD's kind.
       steps: of the training.
       init_std: standard deviation before it.
       noise: standard deviation of every step's gradient.
     """
 
     def run(start: Array, gradients: Array) -> Array:
-        return descend(optimiser, {"": start}, lambda _, t: {"": gradients[t]}, steps)[""]
+        return descend(optimizer, {"": start}, lambda _, t: {"": gradients[t]}, steps)[""]
 
     with jax.ensure_compile_time_eval(), jax.enable_x64(True):
         kept = run(jnp.ones(()), jnp.zeros(steps))

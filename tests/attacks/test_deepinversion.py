@@ -25,7 +25,7 @@ from jinv.objective.terms import Member, Weights
 
 KEY = jax.random.key(11)
 TARGETS = (0, 3, 6)
-# Leaves the gradient itself in the optimiser's state, see `loss_and_gradient`.
+# Leaves the gradient itself in the optimizer's state, see `loss_and_gradient`.
 READABLE: dict[str, Any] = {
     "optimizer": "sgd",
     "optimizer_args": {"momentum": 0.9},
@@ -454,7 +454,7 @@ def test_images_follow_torch_for_two_phases() -> None:
     best, step, clipped = to_torch(start), 0, 0
     for phase, pool, tv in zip(config.phases, (2, 1), (2e-3, 0.01), strict=True):
         x = best.clone().requires_grad_()
-        optimiser = torch.optim.Adam([x], betas=(0.5, 0.9), eps=1e-8)
+        optimizer = torch.optim.Adam([x], betas=(0.5, 0.9), eps=1e-8)
         lowest = math.inf
         for t in range(phase.steps):
             base = phase.lr or 0.25
@@ -462,10 +462,10 @@ def test_images_follow_torch_for_two_phases() -> None:
                 lr = base * (t + 1) / 2
             else:
                 lr = base * 0.5 * (1 + math.cos(math.pi * (t - 2) / (phase.steps - 2)))
-            optimiser.param_groups[0]["lr"] = lr
+            optimizer.param_groups[0]["lr"] = lr
             size = (12 // pool, 16 // pool)
             shift, flip = shift_and_flip(KEY, step, size, phase.jitter, 0.5)
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss, _ = torch_loss(
                 [peer],
                 x,
@@ -479,7 +479,7 @@ def test_images_follow_torch_for_two_phases() -> None:
             if loss.item() < lowest:
                 lowest, best = loss.item(), x.detach().clone()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             with torch.no_grad():
                 x.clamp_(lo.view(1, 3, 1, 1).double(), hi.view(1, 3, 1, 1).double())
             clipped += int((x == lo.view(1, 3, 1, 1).double()).sum())
@@ -666,10 +666,10 @@ def test_small_phase_is_enlarged_bilinearly() -> None:
 def updates(config: Config, phase: Phase, losses: Sequence[float]) -> list[float]:
     """Learning rates of plain gradient descent when the losses are these."""
     config = dataclasses.replace(config, optimizer="sgd", optimizer_args={})
-    optimiser = optax.with_extra_args_support(deepinversion.make_optimiser(config, phase))
+    optimizer = optax.with_extra_args_support(deepinversion.make_optimizer(config, phase))
     one, zero = jnp.ones(()), jnp.zeros(())
-    compiled = jax.jit(lambda state, loss: optimiser.update(one, state, zero, value=loss))
-    state = optimiser.init(zero)
+    compiled = jax.jit(lambda state, loss: optimizer.update(one, state, zero, value=loss))
+    state = optimizer.init(zero)
     found = []
     for loss in losses:
         update, state = compiled(state, float(loss))
@@ -867,10 +867,10 @@ def test_presets_build(name: str) -> None:
         ({"lr_floor": 1.5}, "lr_floor is a share"),
         ({"flip": 1.5}, "flip is a probability, not 1.5"),
         ({"flip": -0.1}, "flip is a probability, not -0.1"),
-        ({"optimizer": "adamm"}, "optax has no optimiser 'adamm'"),
-        ({"optimizer": "_src"}, "optax has no optimiser '_src'"),
-        ({"optimizer": "GradientTransformation"}, "optax has no optimiser"),
-        ({"optimizer": "losses"}, "optax has no optimiser 'losses'"),
+        ({"optimizer": "adamm"}, "optax has no optimizer 'adamm'"),
+        ({"optimizer": "_src"}, "optax has no optimizer '_src'"),
+        ({"optimizer": "GradientTransformation"}, "optax has no optimizer"),
+        ({"optimizer": "losses"}, "optax has no optimizer 'losses'"),
         ({"schedule": "linear"}, "schedule.*'linear'"),
         ({"coarse": "tiny"}, "coarse.*'tiny'"),
         ({"label_loss": "hinge"}, "label_loss.*'hinge'"),
@@ -895,10 +895,10 @@ def test_config_refuses(settings: dict[str, Any], message: str) -> None:
         ("adam", {"beta": 0.5}, r"optax\.adam refuses its arguments: .*beta"),
         ("adam", {"learning_rate": 0.5}, r"optax\.adam refuses its arguments: .*learning_rate"),
         ("apply_updates", {}, r"optax\.apply_updates refuses its arguments"),
-        ("constant_schedule", {}, r"optax\.constant_schedule is no optimiser"),
+        ("constant_schedule", {}, r"optax\.constant_schedule is no optimizer"),
     ],
 )
-def test_optimiser_arguments_are_checked(name: str, args: dict[str, Any], message: str) -> None:
+def test_optimizer_arguments_are_checked(name: str, args: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         attack_of(Config(optimizer=name, optimizer_args=args))
 

@@ -334,7 +334,7 @@ def test_candidates_whose_objective_changes_forget_their_best_images() -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"steps": 0}, {"seeds": 0}, {"distance": "taxi"}, {"optimiser": "newton"}],
+    [{"steps": 0}, {"seeds": 0}, {"distance": "taxi"}, {"optimizer": "newton"}],
 )
 def test_config_refuses(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
@@ -344,8 +344,8 @@ def test_config_refuses(settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"lr": 1.0, "optimiser": "lbfgs", "noise": 0.0}, "L-BFGS searches"),
-        ({"warmup": 0, "optimiser": "lbfgs", "noise": 0.0}, "L-BFGS searches"),
+        ({"lr": 1.0, "optimizer": "lbfgs", "noise": 0.0}, "L-BFGS searches"),
+        ({"warmup": 0, "optimizer": "lbfgs", "noise": 0.0}, "L-BFGS searches"),
         ({"distance": "cosine", "gradient": 0.0}, "the gradient weighs 0"),
         ({"layers": {"fc": 0.0}, "gradient": 0.0}, "the gradient weighs 0"),
         ({"first_bn_multiplier": 2.0, "batch_norm": 0.0}, "batch_norm is 0"),
@@ -367,7 +367,7 @@ def test_execution_takes_only_its_words() -> None:
 @pytest.mark.parametrize("config", PRESETS.values(), ids=PRESETS)
 def test_every_config_has_its_ablation(config: Config) -> None:
     alone = config.without_gradient()
-    assert (alone.gradient, alone.seeds, alone.group, alone.optimiser) == (0, 1, 0, "adam")
+    assert (alone.gradient, alone.seeds, alone.group, alone.optimizer) == (0, 1, 0, "adam")
     assert (alone.steps, alone.tv_l2, alone.batch_norm) == (
         config.steps,
         config.tv_l2,

@@ -124,7 +124,7 @@ def captured(tmp_path: Path) -> Path:
 
 
 def lenet(**more: Any) -> dict[str, Any]:
-    attack = {"preset": "dlg", "optimiser": "adam", "distance": "l2", "steps": 3}
+    attack = {"preset": "dlg", "optimizer": "adam", "distance": "l2", "steps": 3}
     return {"network": {"model": "lenet", "weights": "random"}, "attack": attack, **more}
 
 

@@ -355,7 +355,7 @@ def test_finished_and_unfinished_runs_are_not_replaced_silently(
         ({}, ("--part", "2/2"), "a part is I/N"),
         ({}, ("--part", "0/2", "--overwrite"), "none may overwrite"),
         ({"execution": {"devices": 9}}, (), "9 devices asked for"),
-        ({"training": {"path": "row_space", "optimiser": "adam"}}, (), "Adam divides"),
+        ({"training": {"path": "row_space", "optimizer": "adam"}}, (), "Adam divides"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_made(

@@ -13,7 +13,7 @@ import pytest
 import scipy.stats
 
 from jinv.shadow import Config, Privacy, heads, make_train, rowspace, training
-from jinv.shadow.config import make_head, make_optimiser
+from jinv.shadow.config import make_head, make_optimizer
 
 KEY = jax.random.key(5)
 BINARY: dict[str, Any] = {"head": "binary", "hidden": 8, "init_std": 0.2}
@@ -103,13 +103,13 @@ def torch_training(config: Config, features: np.ndarray, labels: np.ndarray) -> 
         p.data = torch.tensor(np.asarray(value).copy())
     x, y = torch.tensor(features), torch.tensor(labels)
     settings = {"lr": config.lr, "weight_decay": config.weight_decay}
-    if config.optimiser == "sgd":
-        optimiser: Any = torch.optim.SGD(network.parameters(), momentum=config.momentum, **settings)
+    if config.optimizer == "sgd":
+        optimizer: Any = torch.optim.SGD(network.parameters(), momentum=config.momentum, **settings)
     else:
-        optimiser = torch.optim.Adam(network.parameters(), **settings)
+        optimizer = torch.optim.Adam(network.parameters(), **settings)
     weight = torch.tensor(config.pos_weight)
     for _ in range(config.epochs):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         if config.privacy is not None:
             private_gradient(config, network, x, y)
         elif config.head == "linear":
@@ -118,7 +118,7 @@ def torch_training(config: Config, features: np.ndarray, labels: np.ndarray) -> 
             torch.nn.functional.binary_cross_entropy_with_logits(
                 network(x)[:, 0], y.double(), pos_weight=weight
             ).backward()
-        optimiser.step()
+        optimizer.step()
     return network
 
 
@@ -142,7 +142,7 @@ def private_gradient(config: Config, network: Any, x: Any, y: Any) -> None:
     "settings",
     [
         {"momentum": 0.9},
-        {"optimiser": "adam"},
+        {"optimizer": "adam"},
         BINARY | {"pos_weight": 10.0},
         {"privacy": Privacy(0.0, 0.5, sampling=1.0)},
     ],
@@ -173,7 +173,7 @@ def test_clipped_gradients_equal_those_of_opacus() -> None:
     for p, value in zip(network.parameters(), (initial["weight"], initial["bias"]), strict=True):
         p.data = torch.tensor(np.asarray(value))
     data = torch.utils.data.TensorDataset(torch.tensor(features), torch.tensor(labels))
-    network, optimiser, loader = opacus.PrivacyEngine().make_private(
+    network, optimizer, loader = opacus.PrivacyEngine().make_private(
         module=network,
         optimizer=torch.optim.SGD(network.parameters(), lr=1.0),
         data_loader=torch.utils.data.DataLoader(data, batch_size=len(features)),
@@ -183,7 +183,7 @@ def test_clipped_gradients_equal_those_of_opacus() -> None:
     )
     for x, y in loader:
         torch.nn.functional.cross_entropy(network(x), y).backward()
-        optimiser.pre_step()
+        optimizer.pre_step()
     gradients = [p.grad.numpy() for p in network.parameters()]
     # opacus adds 1e-6 to every norm.
     assert difference(step, dict(zip(("weight", "bias"), gradients, strict=True))) < 1e-6
@@ -258,7 +258,7 @@ def test_private_row_space_training_is_equal_in_distribution(config: Config) -> 
 def test_what_no_example_moves_has_the_scale_it_says() -> None:
     """SGD without momentum by hand: s^2 = std^2 a^2T + (lr noise)^2 sum a^2t, a = 1 - lr wd."""
     config = Config(epochs=7, lr=0.1, weight_decay=0.5)
-    found = rowspace.orthogonal_scale(make_optimiser(config), 7, 0.3, 0.2)
+    found = rowspace.orthogonal_scale(make_optimizer(config), 7, 0.3, 0.2)
     a = 1 - 0.1 * 0.5
     expected = (0.3 * a**7) ** 2 + (0.1 * 0.2) ** 2 * sum(a ** (2 * t) for t in range(7))
     assert found == pytest.approx(np.sqrt(expected), rel=1e-12)
@@ -278,14 +278,14 @@ def test_features_factorise_also_where_they_are_not_independent() -> None:
 def test_the_path_is_chosen_where_it_applies() -> None:
     features, labels = problem()
     with pytest.raises(ValueError, match="Adam divides every coordinate"):
-        make_train(Config(optimiser="adam", path="row_space"))
-    with pytest.raises(ValueError, match="an optimiser of your own"):
-        make_train(Config(path="row_space"), optimiser=optax.sgd(0.1))
+        make_train(Config(optimizer="adam", path="row_space"))
+    with pytest.raises(ValueError, match="an optimizer of your own"):
+        make_train(Config(path="row_space"), optimizer=optax.sgd(0.1))
     own = heads.linear(10, 0.1)
     opaque = dataclasses.replace(own, first=None, after=None, first_std=None)
     with pytest.raises(ValueError, match="does not begin with a matrix product"):
         make_train(Config(path="row_space"), head=opaque)
-    found = make_train(Config(), head=opaque, optimiser=optax.adam(0.1))(
+    found = make_train(Config(), head=opaque, optimizer=optax.adam(0.1))(
         KEY, jnp.asarray(features), jnp.asarray(labels)
     )
     assert float(found.loss) < 0.1
@@ -311,8 +311,8 @@ def test_training_is_a_pure_function_of_its_key() -> None:
         ({"momentum": 1.0}, "momentum must be in"),
         ({"head": "conv"}, "head is one of linear, binary"),
         (
-            {"optimiser": "adam", "momentum": 0.9},
-            "momentum: 0.9 plays no part: optimiser",
+            {"optimizer": "adam", "momentum": 0.9},
+            "momentum: 0.9 plays no part: optimizer",
         ),
         ({"pos_weight": 10.0}, "pos_weight: 10.0 plays no part: head is 'linear'"),
         ({"hidden": 4}, "hidden: 4 plays no part: head is 'linear'"),
