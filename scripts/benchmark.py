@@ -21,7 +21,6 @@ float64, to 1e-6). A GPU adds ResNet-50 on 84 images of 224 px in bfloat16.
 `ensemble` times one such step of several networks jointly, against the first two and against
 
     single_steps       the sum of our steps for each network alone
-    not_stacked        copies of one architecture one after the other; ours vmaps them
     networks_at_once=None, images_at_once=2   more memory and less; these rows have ours_mib and
                        peer_mib, what XLA plans for a step beside its arguments
     one_device, data_parallel   the other placements; ours has a network on each device. Only where

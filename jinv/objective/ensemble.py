@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.extend import core
 from jax.sharding import Mesh, PartitionSpec
 
 from jinv import checks, parallel
@@ -68,14 +67,12 @@ class Execution:
         enough; None for all. One after the other is also the fastest on CPU.
       images_at_once: take gradients of so many images of the whole batch at a time, at the price of
         one more forward pass; all at once by default. See `microbatch`.
-      stack: compute networks of one architecture as one, vmapped over their weights.
     """
 
     devices: int | None = None
     placement: Literal["auto", "data", "networks"] = "auto"
     networks_at_once: int | None = 1
     images_at_once: int | None = None
-    stack: bool = False
 
     def __post_init__(self) -> None:
         checks.words(self)
@@ -164,8 +161,8 @@ def build(
     Terms are called "label[resnet50]" if there are several networks, else "label".
     """
     groups = [
-        _Group([_Bundle(bundle, len(parts) > 1) for bundle in _bundles(chosen, execution)])
-        for chosen in ([parts[i] for i in group] for group in placement.groups)
+        _Group([_named(parts[i], qualified=len(parts) > 1) for i in group])
+        for group in placement.groups
     ]
     if placement.kind == "networks":
         return _on_devices(groups, placement, execution.networks_at_once)
@@ -182,56 +179,50 @@ def build(
     return evaluate, data
 
 
-class _Bundle:
-    """Parts of one program, computed as one."""
+@dataclasses.dataclass(frozen=True)
+class _Named:
+    """A part under the names that its terms have in the whole objective.
 
-    def __init__(self, parts: Sequence[Part], qualified: bool) -> None:
-        self.parts = parts
-        self.names = [
-            {term: f"{term}[{part.name}]" if qualified else term for term in part.weights}
-            for part in parts
-        ]
-        self.weights = {
-            names[term]: weight
-            for names, part in zip(self.names, parts, strict=True)
-            for term, weight in part.weights.items()
-        }
+    Attributes:
+      part: one network's share.
+      names: term of the part -> its name in the objective.
+    """
 
-    def variables(self) -> Any:
-        if len(self.parts) == 1:
-            return self.parts[0].variables
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *(p.variables for p in self.parts))
+    part: Part
+    names: Mapping[str, str]
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weights by the names in the objective."""
+        return {self.names[term]: weight for term, weight in self.part.weights.items()}
 
     def __call__(self, variables: Any, images: Array, targets: Array) -> Terms:
-        terms = self.parts[0].terms
-        if len(self.parts) == 1:
-            values = terms(variables, images, targets)
-            return {self.names[0][term]: value for term, value in values.items()}
-        stacked = jax.vmap(terms, in_axes=(0, None, None))(variables, images, targets)
-        return {
-            names[term]: values[i]
-            for i, names in enumerate(self.names)
-            for term, values in stacked.items()
-        }
+        values = self.part.terms(variables, images, targets)
+        return {self.names[term]: value for term, value in values.items()}
+
+
+def _named(part: Part, qualified: bool) -> _Named:
+    names = {term: f"{term}[{part.name}]" if qualified else term for term in part.weights}
+    return _Named(part, names)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Group:
-    """The bundles that one device computes."""
+    """The parts that one device computes."""
 
-    bundles: Sequence[_Bundle]
+    parts: Sequence[_Named]
 
     @property
     def weights(self) -> dict[str, float]:
-        return {name: w for bundle in self.bundles for name, w in bundle.weights.items()}
+        return {name: w for part in self.parts for name, w in part.weights.items()}
 
     def variables(self) -> tuple[Any, ...]:
-        return tuple(bundle.variables() for bundle in self.bundles)
+        return tuple(named.part.variables for named in self.parts)
 
     def evaluate(self, variables: Any, images: Array, targets: Array) -> tuple[Array, Terms]:
         values: Terms = {}
-        for bundle, own in zip(self.bundles, variables, strict=True):
-            values |= bundle(own, images, targets)
+        for part, own in zip(self.parts, variables, strict=True):
+            values |= part(own, images, targets)
         return weigh(values, self.weights), values
 
     def gradient(
@@ -240,8 +231,10 @@ class _Group:
         """Terms, and the gradient of their weighted sum, `at_once` networks at a time."""
         values: Terms = {}
         gradient = jnp.zeros_like(images)
-        for turn in self._turns(at_once):
-            some, own = _Group([self.bundles[i] for i in turn]), [variables[i] for i in turn]
+        turn = at_once or len(self.parts)
+        for start in range(0, len(self.parts), turn):
+            some = _Group(self.parts[start : start + turn])
+            own = variables[start : start + turn]
             (_, terms), more = jax.value_and_grad(some.evaluate, argnums=1, has_aux=True)(
                 own, images, targets
             )
@@ -251,53 +244,6 @@ class _Group:
             # Arithmetic, since XLA drops optimisation barriers on CPU.
             images = images + 0 * jnp.nan_to_num(gradient)
         return {name: values[name] for name in self.weights}, gradient  # JAX sorts keys
-
-    def _turns(self, at_once: int | None) -> list[list[int]]:
-        """Indices of bundles, as many together as hold at most `at_once` networks."""
-        turns: list[list[int]] = []
-        count = 0
-        for i, bundle in enumerate(self.bundles):
-            count += len(bundle.parts)
-            if not turns or (at_once is not None and count > at_once):
-                turns.append([])
-                count = len(bundle.parts)
-            turns[-1].append(i)
-        return turns
-
-
-def _bundles(parts: Sequence[Part], execution: Execution) -> list[list[Part]]:
-    """Parts of the same program and the same shapes of variables together, if asked for."""
-    if not execution.stack:
-        return [[part] for part in parts]
-    same: dict[Any, list[Part]] = {}
-    for part in parts:
-        same.setdefault(_program(part), []).append(part)
-    size = execution.networks_at_once or len(parts)
-    return [list(some) for found in same.values() for some in _batched(found, size)]
-
-
-def _batched(items: Sequence[Part], size: int) -> Iterator[Sequence[Part]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
-
-
-def _program(part: Part) -> tuple[Any, ...]:
-    """Equal for parts that differ in the values of their variables only."""
-    jaxpr = jax.make_jaxpr(part.terms)(_shapes(part.variables), *part.example)
-    return (str(jaxpr), tuple(sorted(part.weights.items())), *_constants(jaxpr))
-
-
-def _constants(program: core.ClosedJaxpr) -> Iterator[bytes]:
-    """Arrays inside a program, whose text leaves them out; those of inner programs too."""
-    yield from (np.asarray(constant).tobytes() for constant in program.consts)
-    for equation in program.jaxpr.eqns:
-        yield from (
-            np.asarray(v.val).tobytes() for v in equation.invars if isinstance(v, core.Literal)
-        )
-        inner = jax.tree.leaves(equation.params, is_leaf=lambda x: isinstance(x, core.ClosedJaxpr))
-        for value in inner:
-            if isinstance(value, core.ClosedJaxpr):
-                yield from _constants(value)
 
 
 def _shapes(tree: Any) -> Any:

@@ -38,11 +38,6 @@ CASES = (
     Case(("resnet18", "mobilenet_v2"), 4, 128),
     Case(("resnet18", "resnet50", "mobilenet_v2", "efficientnet_lite0"), 4, 128),
 )
-COPIES = (
-    Case(("mobilenet_v2",) * 2, 8, 112),
-    Case(("resnet18",) * 2, 4, 128),
-    Case(("resnet20_cifar",) * 4, 8, 32),
-)
 LEAN = (Case(("mobilenet_v2", "efficientnet_lite0", "efficientnet_lite1"), 8, 224),)
 PLACED = (Case(("mobilenet_v2", "efficientnet_lite0"), 8, 112), Case(("mobilenet_v2",) * 2, 8, 112))
 
@@ -136,19 +131,6 @@ def random_nets(case: Case) -> list[Net]:
     ]
 
 
-def stacked(case: Case, repeats: int, steps: int) -> Iterator[dict]:
-    """Copies of one architecture, vmapped over their weights, against one after the other."""
-    nets = random_nets(case)
-    images, targets = problem(case.batch, case.size)
-    total = steps * (1 + 3 * repeats)
-    plain = attack_on(nets, case, targets, total)
-    stack = ensemble.Execution(devices=1, networks_at_once=None, stack=True)
-    peers = {"not_stacked": Ours([plain], images)}
-    attack = attack_on(nets, case, targets, total, stack)
-    rounds = timing.take_turns(attack, jnp.asarray(images), peers, repeats, steps)
-    yield timing.row(f"{case} stacked", "not_stacked", rounds)
-
-
 def placed(case: Case, repeats: int, steps: int) -> Iterator[dict]:
     """A network a device, against all on one device and against the same data-parallel."""
     nets = random_nets(case)
@@ -188,7 +170,7 @@ def lean(case: Case, repeats: int, steps: int) -> Iterator[dict]:
 
 def run(args: argparse.Namespace) -> None:
     """The `ensemble` command."""
-    kinds = [(case, against_torch) for case in CASES] + [(case, stacked) for case in COPIES]
+    kinds = [(case, against_torch) for case in CASES]
     kinds += [(case, lean) for case in LEAN]
     kinds += [(case, placed) for case in PLACED if len(case.networks) <= jax.device_count()]
     names = timing.chosen([f"{kind.__name__} {case}" for case, kind in kinds], args.cases)

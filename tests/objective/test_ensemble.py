@@ -41,9 +41,6 @@ def attack_of(*chosen: Member, config: Config = CONFIG, **execution: Any) -> Att
     return deepinversion.build(config, chosen, TARGETS, execution=Execution(**execution))
 
 
-STACK: dict[str, Any] = {"stack": True, "networks_at_once": None}
-
-
 def assert_same(ours: Attack, theirs: Attack, tolerance: float = 1e-4) -> None:
     (state, metrics), (expected, others) = tiny.run(ours), tiny.run(theirs)
     assert metrics.keys() == others.keys()
@@ -52,7 +49,7 @@ def assert_same(ours: Attack, theirs: Attack, tolerance: float = 1e-4) -> None:
     np.testing.assert_allclose(state.images, expected.images, atol=1e-3)
 
 
-# --- memory and stacking -------------------------------------------------------------------------
+# --- memory --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -62,8 +59,6 @@ def assert_same(ours: Attack, theirs: Attack, tolerance: float = 1e-4) -> None:
         {"networks_at_once": 3},
         {"images_at_once": 1},
         {"images_at_once": 2, "networks_at_once": 2},
-        STACK,
-        {"stack": True, "networks_at_once": 1, "images_at_once": 2},
     ],
     ids=str,
 )
@@ -95,49 +90,10 @@ def test_an_ensemble_of_one_is_deepinversion_to_the_bit() -> None:
     alone = members()[0]
     state, metrics = tiny.run(attack_of(alone))
     assert set(metrics) == {"loss", "label", "batch_norm", "tv_l2", "tv_l1", "l2"}
-    for settings in ({"stack": True}, {"networks_at_once": None}, {"images_at_once": 4}):
+    for settings in ({"networks_at_once": None}, {"images_at_once": 4}):
         other, series = tiny.run(attack_of(alone, **settings))
         np.testing.assert_array_equal(state.images, other.images)
         np.testing.assert_array_equal(metrics["loss"], series["loss"])
-
-
-def test_stacking_finds_networks_that_differ_in_weights_only() -> None:
-    attack = attack_of(*members(), **STACK)
-    assert len(attack.data.networks) == 3  # a and c in one
-    kernel = attack.data.networks[0][0]["convs"][0]["kernel"]
-    assert kernel.shape == (2, 3, 3, 3, 6)
-    np.testing.assert_array_equal(kernel[1], members()[2].net.variables["convs"][0]["kernel"])
-
-
-def test_networks_of_other_weights_in_the_objective_are_not_stacked() -> None:
-    a, _, c, _ = members()
-    attack = attack_of(a, dataclasses.replace(c, weights=Weights(0.5, 0.05)), **STACK)
-    assert len(attack.data.networks) == 2
-
-
-def test_stacks_are_no_larger_than_what_is_computed_at_once() -> None:
-    a, _, c, _ = members()
-    copies = [
-        dataclasses.replace(a, net=dataclasses.replace(a.net, name=name)) for name in ("x", "y")
-    ]
-    for at_once, bundles in ((1, 4), (2, 2), (3, 2), (4, 1), (None, 1)):
-        attack = attack_of(a, c, *copies, stack=True, networks_at_once=at_once)
-        assert len(attack.data.networks) == bundles
-
-
-def test_networks_with_different_constants_are_not_stacked() -> None:
-    """Also where a jitted function closes over them, which the program's text does not show."""
-
-    def network(name: str, gain: float) -> Member:
-        mixing = jnp.full((3, 7), gain)
-        inner = jax.jit(lambda x: x.mean((1, 2)) @ mixing)
-        net = Net(name, lambda v, x: Outputs(inner(x) * v["w"], None, ()),
-                  {"w": jnp.ones(())}, tiny.SPACE, 7, ())  # fmt: skip
-        return Member(net, Weights(batch_norm=0))
-
-    same, other = network("b", 1.0), network("c", 2.0)
-    assert len(attack_of(network("a", 1.0), same, **STACK).data.networks) == 1
-    assert len(attack_of(network("a", 1.0), other, **STACK).data.networks) == 2
 
 
 def test_a_gradient_that_is_not_finite_spares_the_next_network() -> None:
@@ -404,9 +360,6 @@ for name, execution in {
     "networks 2": dict(placement="networks", devices=2),
     "networks 4": dict(placement="networks"),
     "networks 2 at once": dict(placement="networks", devices=2, networks_at_once=None),
-    "networks 2 stacked": dict(
-        placement="networks", devices=2, networks_at_once=None, stack=True
-    ),
 }.items():
     attack, state, metrics = run(**execution)
     used = len(state.images.sharding.device_set)
