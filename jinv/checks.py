@@ -72,3 +72,13 @@ def unused(config: Any, reason: str, *names: str) -> None:
             raise ValueError(
                 f"{name}: {value!r} plays no part: {reason}; leave {name} at {default!r}"
             )
+
+
+def free(what: str, name: str, table: Iterable[str]) -> None:
+    """Refuse a name that the table has already.
+
+    Raises:
+      ValueError: it names the table's entries.
+    """
+    if not name or name in table:
+        raise ValueError(f"a {what} cannot be called {name!r}: taken are {', '.join(table)}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -16,12 +17,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.sharding import Mesh
 
-from jinv import checks, image, optimise, parallel
+from jinv import checks, image, optimise, parallel, schedules
 from jinv.image import Preprocessing
 from jinv.net import Net, Outputs
 from jinv.objective import ensemble, microbatch, priors
-from jinv.objective.terms import LabelLoss, Member, network_terms, term_weights
+from jinv.objective.terms import (
+    ExtraTerms,
+    ImageTerm,
+    LabelLoss,
+    Member,
+    image_terms,
+    network_terms,
+    term_weights,
+)
 
 HAND_PICKED = (
     *(1, 933, 946, 980, 25, 63, 92, 94, 107, 985, 151, 154, 207, 250, 270, 277, 283, 292, 294),
@@ -31,6 +41,9 @@ HAND_PICKED = (
 """ImageNet classes that the authors chose for their figures."""
 
 IMAGENET_CLASSES = 1000
+
+_TAKEN = ("loss", "label", "batch_norm", "adaptive", "step", "phase")
+"""Names in metrics that an extra term cannot have."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +76,11 @@ class Config:
         through average pooling, as published; what pooling cannot see stays initial noise.
         "small": pixels at that resolution, enlarged bilinearly for the next phase.
       lr: learning rate.
-      optimizer: name of an optax optimizer.
+      optimizer: one of `schedules.OPTIMIZERS`, or of optax by its name.
       optimizer_args: its keyword arguments other than the learning rate.
-      schedule: "cosine" to `lr_floor` after `warmup` linear steps; "constant" after the same
-        warm-up;
-        "plateau": the rate times `plateau_factor` whenever `plateau_patience` percent of the
-        phase's steps bring no better loss.
+      schedule: one of `schedules.SCHEDULES`: "cosine" to `lr_floor` after `warmup` linear steps;
+        "constant" after the same warm-up; "plateau": the rate times `plateau_factor` whenever
+        `plateau_patience` percent of the phase's steps bring no better loss.
       warmup: steps.
       lr_floor: share of the learning rate that the cosine ends at. The last steps of a decay to 0
         carve detail that the inverted network alone believes: other networks recognise images
@@ -97,7 +109,7 @@ class Config:
     optimizer_args: Mapping[str, Any] = dataclasses.field(
         default_factory=lambda: {"b1": 0.5, "b2": 0.9, "eps": 1e-8}
     )
-    schedule: Literal["cosine", "constant", "plateau"] = "cosine"
+    schedule: str = "cosine"
     warmup: int = 100
     lr_floor: float = 0.0
     plateau_patience: float = 5.0
@@ -130,24 +142,22 @@ class Config:
             raise ValueError(f"lr_floor is a share of the learning rate, not {self.lr_floor}")
         if not 0 <= self.flip <= 1:
             raise ValueError(f"flip is a probability, not {self.flip}")
-        _optimizer_factory(self.optimizer)
+        schedules.optimizer(self.optimizer)
+        if self.optimizer == schedules.LBFGS:
+            raise ValueError(
+                "L-BFGS searches along each step, but these images are rolled and mirrored at "
+                "random from step to step: take another optimizer"
+            )
+        schedules.check_schedule(self)
         self._check_unused()
 
     def _check_unused(self) -> None:
-        schedule = f"schedule is {self.schedule!r}"
-        if self.schedule != "cosine":
-            checks.unused(self, schedule, "lr_floor")
-        if self.schedule != "plateau":
-            checks.unused(self, schedule, "plateau_patience", "plateau_factor")
         if self.label_loss == "target_logit":
             checks.unused(self, "label_loss is 'target_logit'", "temperature")
         if not self.adaptive:
             checks.unused(self, "adaptive is 0", "adaptive_temperature")
         if all(phase.downscale == 1 for phase in self.phases):
             checks.unused(self, "no phase has a downscale", "coarse")
-        for name in ("lr", "tv_l2"):
-            if all(getattr(phase, name) is not None for phase in self.phases):
-                checks.unused(self, f"every phase has a {name} of its own", name)
         weights = [self.tv_l2 if phase.tv_l2 is None else phase.tv_l2 for phase in self.phases]
         if not any(weights):
             checks.unused(self, "tv_l2 is 0", "tv_per_image")
@@ -167,7 +177,7 @@ class Data(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Attack:
-    """A built attack: give `images`, `data` and `phases` to `optimise.run`.
+    """A built attack: give `initial(key)`, `data` and `phases` to `optimise.run`.
 
     Attributes:
       phases: the program.
@@ -175,6 +185,7 @@ class Attack:
       space: normalisation of the images being optimised.
       initial: `key -> images`, Gaussian noise at the first phase's resolution.
       placement: the devices, and what each of them computes.
+      members: the networks in the objective.
     """
 
     phases: tuple[optimise.Phase, ...]
@@ -182,6 +193,30 @@ class Attack:
     space: Preprocessing
     initial: Callable[[Array], Array]
     placement: ensemble.Placement
+    members: tuple[Member, ...]
+
+    @property
+    def mesh(self) -> Mesh:
+        """The devices that take part."""
+        return self.placement.mesh
+
+    def shown(self, found: Array) -> Array:
+        """The images (B, H, W, C) a person looks at, in `space`: all that are optimised."""
+        return found
+
+    def with_targets(self, targets: Array | Sequence[int]) -> Attack:
+        """The same program for other classes, as many as before; nothing is compiled again.
+
+        Raises:
+          ValueError: another number of classes, or one that a network does not know.
+        """
+        array = _checked_targets(targets, self.members)
+        if array.shape != self.data.targets.shape:
+            raise ValueError(
+                f"the attack is of {len(self.data.targets)} images; {len(array)} targets given"
+            )
+        data = self.data._replace(targets=_laid(self.placement, array))
+        return dataclasses.replace(self, data=data)
 
 
 def build(
@@ -192,13 +227,14 @@ def build(
     size: int | tuple[int, int] | None = None,
     space: Preprocessing | None = None,
     competitor: Net | None = None,
+    extra_terms: ExtraTerms = MappingProxyType({}),
     compute_dtype: jnp.dtype | str = jnp.float32,
     execution: ensemble.Execution = ensemble.Execution(),
 ) -> Attack:
-    """DeepInversion of one network, or of several at once, for these classes.
+    """Build DeepInversion of one network, or of several at once, for these classes.
 
     L = sum_networks [a_label L_label + a_bn R_bn] + a_tv2 TV_2 + a_tv1 TV_1 + a_l2 R_l2
-        + a_adi R_adi, on images pooled, rolled and mirrored at random.
+        + a_adi R_adi + sum_extra a f, on images pooled, rolled and mirrored at random.
 
     The first network sees the images as they are. A network of another input size sees them
     resampled by the ratio of the two sizes.
@@ -211,79 +247,131 @@ def build(
       space: normalisation the images live in, which scales the learning rate and the priors;
         defaults to the first network's. A one-channel space inverts gray images.
       competitor: fixed network for R_adi.
+      extra_terms: name -> (weight, function) of your own terms: images (B, H, W, C) in `space`,
+        as the networks see them in the step -> scalar, differentiable. A term that needs a network
+        closes over it.
       compute_dtype: of the networks' arithmetic; moments, losses and pixels stay float32.
       execution: devices, and how the networks share them; changes no value beyond rounding.
 
     Raises:
       ValueError: what does not fit together.
     """
-    if not members:
-        raise ValueError("an attack needs at least one network")
-    if not any(member.weights.label for member in members):
-        checks.unused(config, "the networks' label terms weigh 0", "label_loss", "temperature")
-    if (config.adaptive != 0) != (competitor is not None):
-        raise ValueError("R_adi needs both a weight (adaptive) and a competitor network")
+    _check_objective(config, members, competitor)
     space = space or members[0].net.preprocessing
     _check_networks([member.net for member in members], competitor, space)
-    size = size or members[0].net.preprocessing.size
+    array = _checked_targets(targets, members)
+    canvas = _canvas(config, len(array), size or members[0].net.preprocessing.size, space)
+    dtype = jnp.dtype(compute_dtype)
+    parts = _parts(config, members, competitor, canvas, dtype, execution)
+    placement = ensemble.place(parts, len(array), execution)
+    evaluate, networks = ensemble.build(parts, placement, execution)
+
+    def initial(key: Array) -> Array:
+        noise = config.init_std * jax.random.normal(key, canvas.optimised(config, config.phases[0]))
+        return _laid(placement, noise)
+
+    return Attack(
+        tuple(_phase(config, phase, canvas, extra_terms, evaluate) for phase in config.phases),
+        Data(networks, _laid(placement, array)),
+        space,
+        initial,
+        placement,
+        tuple(members),
+    )
+
+
+class _Canvas(NamedTuple):
+    """The final images."""
+
+    images: int
+    height: int
+    width: int
+    space: Preprocessing
+
+    def shape(self, factor: int) -> tuple[int, int, int, int]:
+        """(B, H, W, C) of the images made smaller by a factor."""
+        return self.images, self.height // factor, self.width // factor, self.space.channels
+
+    def seen(self, phase: Phase) -> jax.ShapeDtypeStruct:
+        """What the first network sees in a phase."""
+        return jax.ShapeDtypeStruct(self.shape(phase.downscale), jnp.float32)
+
+    def optimised(self, config: Config, phase: Phase) -> tuple[int, int, int, int]:
+        """(B, H, W, C) of what a phase optimises."""
+        return self.shape(phase.downscale if config.coarse == "small" else 1)
+
+
+def _canvas(
+    config: Config, count: int, size: int | tuple[int, int], space: Preprocessing
+) -> _Canvas:
     height, width = (size, size) if isinstance(size, int) else size
-    targets = _checked_targets(targets, members)
     for phase in config.phases:
         if height % phase.downscale or width % phase.downscale:
             raise ValueError(f"{height} x {width} images cannot be downscaled by {phase.downscale}")
+    return _Canvas(count, height, width, space)
 
-    def resolution(phase: Phase) -> tuple[int, int]:
-        factor = phase.downscale if config.coarse == "small" else 1
-        return height // factor, width // factor
 
-    dtype = jnp.dtype(compute_dtype)
+def _laid(placement: ensemble.Placement, batch: Array) -> Array:
+    """An array with one entry an image, on the devices."""
+    return parallel.put(placement.mesh, placement.batch, batch)
+
+
+def _parts(
+    config: Config,
+    members: Sequence[Member],
+    competitor: Net | None,
+    canvas: _Canvas,
+    dtype: jnp.dtype,
+    execution: ensemble.Execution,
+) -> list[ensemble.Part]:
+    """Every network's share of the objective; all of them take the images of every phase."""
+    shapes = list(dict.fromkeys(canvas.seen(phase) for phase in config.phases))
+    classes = jax.ShapeDtypeStruct((canvas.images,), jnp.int32)
     reference = members[0].net.preprocessing.size
-    shapes = [
-        jax.ShapeDtypeStruct((len(targets), height // n, width // n, space.channels), jnp.float32)
-        for n in dict.fromkeys(phase.downscale for phase in config.phases)
-    ]
-    classes = jax.ShapeDtypeStruct(targets.shape, targets.dtype)
     parts = []
     for i, member in enumerate(members):
         rival = competitor if i == 0 else None
-        terms, weights = _terms(config, member, rival, reference, space, dtype, execution)
+        terms, weights = _terms(config, member, rival, reference, canvas.space, dtype, execution)
         variables = (member.net.variables, None if rival is None else rival.variables)
         example = (shapes[-1], classes)
         parts.append(ensemble.Part(member.net.name, terms, weights, variables, example))
         for shape in shapes:
             jax.eval_shape(terms, variables, shape, classes)  # do the networks take it?
-    placement = ensemble.place(parts, len(targets), execution)
-    evaluate, networks = ensemble.build(parts, placement, execution)
+    return parts
 
-    def initial(key: Array) -> Array:
-        shape = (len(targets), *resolution(config.phases[0]), space.channels)
-        noise = config.init_std * jax.random.normal(key, shape)
-        return parallel.put(placement.mesh, placement.batch, noise)
+
+def _phase(
+    config: Config,
+    phase: Phase,
+    canvas: _Canvas,
+    extra_terms: ExtraTerms,
+    evaluate: ensemble.Evaluate,
+) -> optimise.Phase:
+    """One phase of the program."""
+    tv_l2 = config.tv_l2 if phase.tv_l2 is None else phase.tv_l2
+    weights = {"tv_l2": tv_l2, "tv_l1": config.tv_l1, "l2": config.l2}
+    terms = image_terms(weights, extra_terms, [canvas.seen(phase)], _TAKEN)
+    optimizer = make_optimizer(config, phase)
+    resolution = canvas.optimised(config, phase)[1:3]
+
+    def enter(images: Array, step: Any) -> optimise.State:
+        return optimise.init(image.resize(images, resolution), optimizer, step)
 
     def project(images: Array) -> Array:
-        return image.clip(images, space) if config.clip else images
+        return image.clip(images, canvas.space) if config.clip else images
 
-    phases = []
-    for phase in config.phases:
-        factor = phase.downscale if config.coarse == "pooled" else 1
-        optimizer = make_optimizer(config, phase)
-        stop = None
-        if config.early_stop is not None:
-            stop = optimise.EarlyStop(_percent(config.early_stop, phase.steps))
-        step = optimise.make_step(
-            _loss(config, phase, factor, evaluate), optimizer, project=project, early_stop=stop
-        )
-        phases.append(
-            optimise.Phase(
-                f"{height // phase.downscale} x {width // phase.downscale} px",
-                phase.steps,
-                _enter(optimizer, resolution(phase)),
-                step,
-                cost=1 / phase.downscale**2,
-            )
-        )
-    data = Data(networks, parallel.put(placement.mesh, placement.batch, targets))
-    return Attack(tuple(phases), data, space, initial, placement)
+    stop = None
+    if config.early_stop is not None:
+        stop = optimise.EarlyStop(_percent(config.early_stop, phase.steps))
+    loss = _loss(config, phase, terms, evaluate)
+    _, height, width, _ = canvas.shape(phase.downscale)
+    return optimise.Phase(
+        f"{height} x {width} px",
+        phase.steps,
+        enter,
+        optimise.make_step(loss, optimizer, project=project, early_stop=stop),
+        cost=1 / phase.downscale**2,
+    )
 
 
 def _terms(
@@ -332,34 +420,22 @@ def _terms(
     return terms, weights
 
 
-def _enter(
-    optimizer: optax.GradientTransformation, resolution: tuple[int, int]
-) -> Callable[[Array, Any], optimise.State]:
-    def enter(images: Array, step: Any) -> optimise.State:
-        return optimise.init(image.resize(images, resolution), optimizer, step)
-
-    return enter
-
-
 def _loss(
-    config: Config, phase: Phase, factor: int, evaluate: ensemble.Evaluate
+    config: Config,
+    phase: Phase,
+    terms: Mapping[str, tuple[float, ImageTerm]],
+    evaluate: ensemble.Evaluate,
 ) -> optimise.LossFn:
     """The objective of one phase as `(key, images, data) -> (loss, terms)`."""
-    tv_l2 = config.tv_l2 if phase.tv_l2 is None else phase.tv_l2
-    image_terms: dict[str, tuple[float, Callable[[Array], Array]]] = {
-        "tv_l2": (tv_l2, priors.total_variation_l2),
-        "tv_l1": (config.tv_l1, priors.total_variation_l1),
-        "l2": (config.l2, priors.l2),
-    }
+    factor = phase.downscale if config.coarse == "pooled" else 1
 
     def loss(key: Array, images: Array, data: Data) -> tuple[Array, dict[str, Array]]:
         seen = augment(key, images, factor, phase.jitter, config.flip)
         total, values = evaluate(data.networks, seen, data.targets)
-        for name, (weight, prior) in image_terms.items():
-            if weight:
-                share = len(images) if name == "tv_l2" and config.tv_per_image else 1
-                values[name] = prior(seen) / share
-                total = total + weight * values[name]
+        for name, (weight, term) in terms.items():
+            share = len(images) if name == "tv_l2" and config.tv_per_image else 1
+            values[name] = term(seen) / share
+            total = total + weight * values[name]
         return total, values
 
     return loss
@@ -374,16 +450,16 @@ def augment(key: Array, images: Array, downscale: int, jitter: int, flip: float)
 
 
 def make_optimizer(config: Config, phase: Phase) -> optax.GradientTransformation:
-    """The phase's optimizer with its learning-rate schedule."""
-    factory = _optimizer_factory(config.optimizer)
+    """Make the phase's optimizer with its learning-rate schedule.
+
+    Raises:
+      ValueError: no such optimizer, or one that refuses the config's arguments.
+    """
     lr = config.lr if phase.lr is None else phase.lr
-    try:
-        optimizer = factory(_schedule(config, phase, lr), **config.optimizer_args)
-    except TypeError as error:
-        raise ValueError(f"optax.{config.optimizer} refuses its arguments: {error}") from None
-    if not isinstance(optimizer, optax.GradientTransformation):
-        raise ValueError(f"optax.{config.optimizer} is no optimizer")
-    if config.schedule != "plateau":
+    schedule = schedules.SCHEDULES[config.schedule]
+    rate = schedule.rate(lr, config.warmup, phase.steps, config.lr_floor)
+    optimizer = schedules.make_optimizer(config.optimizer, rate, config.optimizer_args)
+    if config.schedule != schedules.PLATEAU:
         return optimizer
     plateau = optax.contrib.reduce_on_plateau(
         factor=config.plateau_factor, patience=_percent(config.plateau_patience, phase.steps)
@@ -391,21 +467,17 @@ def make_optimizer(config: Config, phase: Phase) -> optax.GradientTransformation
     return optax.chain(optimizer, plateau)
 
 
-def _schedule(config: Config, phase: Phase, lr: float) -> optax.Schedule:
-    """The learning rate by step of the phase; "constant" is a cosine that does not fall."""
-    floor = config.lr_floor if config.schedule == "cosine" else 1.0
-    return optimise.warm_cosine(lr, config.warmup, phase.steps, floor)
-
-
-def _optimizer_factory(name: str) -> Callable[..., optax.GradientTransformation]:
-    factory = getattr(optax, name, None)
-    if name.startswith("_") or not callable(factory) or isinstance(factory, type):
-        raise ValueError(f"optax has no optimizer {name!r}")
-    return factory
-
-
 def _percent(percent: float, steps: int) -> int:
     return max(1, round(steps * percent / 100))
+
+
+def _check_objective(config: Config, members: Sequence[Member], competitor: Net | None) -> None:
+    if not members:
+        raise ValueError("an attack needs at least one network")
+    if not any(member.weights.label for member in members):
+        checks.unused(config, "the networks' label terms weigh 0", "label_loss", "temperature")
+    if (config.adaptive != 0) != (competitor is not None):
+        raise ValueError("R_adi needs both a weight (adaptive) and a competitor network")
 
 
 def _check_networks(nets: Sequence[Net], competitor: Net | None, space: Preprocessing) -> None:

@@ -1,9 +1,10 @@
-"""Weighted terms -> (loss, {name: raw value}); the label losses; networks that count together."""
+"""The weighted terms of an objective: label losses, BatchNorm prior, image terms, a user's own."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Literal
 
 import jax
@@ -15,6 +16,22 @@ from jinv.net import Net, Outputs
 from jinv.objective import priors
 
 LabelLoss = Literal["cross_entropy", "target_logit"]
+
+ImageTerm = Callable[[Array], Array]
+"""Images (B, H, W, C) in the attack's space -> scalar, differentiable."""
+
+IMAGE_TERMS: dict[str, ImageTerm] = {
+    "tv_l2": priors.total_variation_l2,
+    "tv_l1": priors.total_variation_l1,
+    "l2": priors.l2,
+}
+"""The image priors that both attacks have weights for in their configs."""
+
+ExtraTerms = Mapping[str, tuple[float, ImageTerm]]
+"""A user's own image terms: name -> (weight, function).
+
+A function that needs a network closes over it: `lambda images: distance(net(images).features)`.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,3 +121,44 @@ def network_terms(
             weighting=member.weights.bn_weighting,
         )
     return terms
+
+
+def image_terms(
+    weights: Mapping[str, float],
+    extra: ExtraTerms,
+    shapes: Sequence[jax.ShapeDtypeStruct],
+    taken: Container[str],
+) -> dict[str, tuple[float, ImageTerm]]:
+    """`IMAGE_TERMS` and a user's own that weigh something, as name -> (weight, function).
+
+    Args:
+      weights: of every one of `IMAGE_TERMS`.
+      extra: the user's.
+      shapes: of images (B, H, W, C) that the functions will see; an extra one is tried on each.
+      taken: names of the objective's other terms.
+
+    Raises:
+      ValueError: an extra term whose name is taken, whose weight is not finite, or whose function
+        fails or does not return one floating-point number.
+    """
+    for name, (weight, term) in extra.items():
+        if name in IMAGE_TERMS or name in taken or name.partition("[")[0] in taken or not name:
+            raise ValueError(f"an extra term cannot be called {name!r}: the name is taken")
+        if not math.isfinite(weight):
+            raise ValueError(f"the weight of the extra term {name} must be finite, not {weight}")
+        for shape in shapes:
+            _check_scalar(name, term, shape)
+    found = {name: (weights[name], term) for name, term in IMAGE_TERMS.items()}
+    return {name: pair for name, pair in {**found, **extra}.items() if pair[0]}
+
+
+def _check_scalar(name: str, term: ImageTerm, shape: jax.ShapeDtypeStruct) -> None:
+    try:
+        found = jax.eval_shape(term, shape)
+    except Exception as error:
+        raise ValueError(
+            f"the extra term {name} cannot be computed of images {shape.shape}: {error}"
+        ) from error
+    scalar = getattr(found, "shape", None) == () and jnp.issubdtype(found.dtype, jnp.floating)
+    if not scalar:
+        raise ValueError(f"the extra term {name} must return one real number, not {found}")

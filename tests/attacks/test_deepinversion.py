@@ -867,11 +867,12 @@ def test_presets_build(name: str) -> None:
         ({"lr_floor": 1.5}, "lr_floor is a share"),
         ({"flip": 1.5}, "flip is a probability, not 1.5"),
         ({"flip": -0.1}, "flip is a probability, not -0.1"),
-        ({"optimizer": "adamm"}, "optax has no optimizer 'adamm'"),
-        ({"optimizer": "_src"}, "optax has no optimizer '_src'"),
-        ({"optimizer": "GradientTransformation"}, "optax has no optimizer"),
-        ({"optimizer": "losses"}, "optax has no optimizer 'losses'"),
-        ({"schedule": "linear"}, "schedule.*'linear'"),
+        ({"optimizer": "adamm"}, "no optimizer is called 'adamm'"),
+        ({"optimizer": "_src"}, "no optimizer is called '_src'"),
+        ({"optimizer": "GradientTransformation"}, "no optimizer is called"),
+        ({"optimizer": "losses"}, "no optimizer is called 'losses'"),
+        ({"optimizer": "lbfgs"}, "L-BFGS searches along each step"),
+        ({"schedule": "linear"}, "schedule is one of cosine, constant, plateau, not 'linear'"),
         ({"coarse": "tiny"}, "coarse.*'tiny'"),
         ({"label_loss": "hinge"}, "label_loss.*'hinge'"),
         ({"lr_floor": 0.5, "schedule": "constant"}, "lr_floor: 0.5 plays no part: schedule is"),
@@ -880,7 +881,6 @@ def test_presets_build(name: str) -> None:
         ({"label_loss": "target_logit", "temperature": 2.0}, "temperature: 2.0 plays no part"),
         ({"adaptive_temperature": 2.0}, "adaptive_temperature: 2.0 plays no part: adaptive is 0"),
         ({"coarse": "small", "phases": (Phase(1),)}, "coarse: 'small' plays no part"),
-        ({"lr": 0.5, "phases": (Phase(1, lr=0.1),)}, "every phase has a lr of its own"),
         ({"tv_l2": 0.0, "tv_per_image": True}, "tv_per_image: True plays no part: tv_l2 is 0"),
     ],
 )
@@ -892,10 +892,10 @@ def test_config_refuses(settings: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "args", "message"),
     [
-        ("adam", {"beta": 0.5}, r"optax\.adam refuses its arguments: .*beta"),
-        ("adam", {"learning_rate": 0.5}, r"optax\.adam refuses its arguments: .*learning_rate"),
-        ("apply_updates", {}, r"optax\.apply_updates refuses its arguments"),
-        ("constant_schedule", {}, r"optax\.constant_schedule is no optimizer"),
+        ("adam", {"beta": 0.5}, r"adam refuses its arguments: .*beta"),
+        ("adam", {"learning_rate": 0.5}, r"adam refuses its arguments: .*learning_rate"),
+        ("apply_updates", {}, r"apply_updates refuses its arguments"),
+        ("constant_schedule", {}, r"constant_schedule is no optimizer"),
     ],
 )
 def test_optimizer_arguments_are_checked(name: str, args: dict[str, Any], message: str) -> None:
@@ -940,6 +940,69 @@ def test_size_must_be_divisible() -> None:
     refused("18 x 16 images cannot be downscaled by 4", config, size=(18, 16))
     refused("16 x 18 images cannot be downscaled by 4", config, size=(16, 18))
     attack_of(config, size=(20, 16))
+
+
+# --- terms of one's own -------------------------------------------------------------------------
+
+
+def brightness(images: jax.Array) -> jax.Array:
+    return jnp.square(images.mean())
+
+
+def test_an_extra_term_is_weighed_and_seen_like_the_others() -> None:
+    """On the pooled images, with its gradient; written out with its formula."""
+    config = Config(
+        phases=(Phase(1, downscale=2, jitter=0),), flip=0.0, tv_l2=0.0, l2=0.0, **READABLE
+    )
+    extra = {"brightness": (3.0, brightness), "idle": (0.0, brightness)}
+    attack = attack_of(config, extra_terms=extra)
+    images = attack.initial(KEY)
+    loss, terms, gradient = loss_and_gradient(attack_of(config), images)
+    found, named, more = loss_and_gradient(attack, images)
+    mean = float(np.asarray(images, np.float64).mean())
+    assert list(named) == [*terms, "brightness"]
+    assert named["brightness"] == pytest.approx(mean**2, rel=1e-3)
+    assert found - loss == pytest.approx(3 * mean**2, rel=1e-3, abs=1e-5)
+    np.testing.assert_allclose(more - gradient, 3 * 2 * mean / images.size, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "term", "message"),
+    [
+        ("tv_l2", 1.0, brightness, "cannot be called 'tv_l2': the name is taken"),
+        ("label", 1.0, brightness, "cannot be called 'label': the name is taken"),
+        ("label[tiny]", 1.0, brightness, "name is taken"),
+        ("own", float("nan"), brightness, "weight of the extra term own must be finite, not nan"),
+        ("own", 1.0, lambda x: x.mean((1, 2, 3)), "own must return one real number, not .*3"),
+        ("own", 1.0, lambda x: 3, "own must return one real number"),
+        ("own", 1.0, lambda x: x @ jnp.ones(99), r"own cannot be computed of images \(3, 16, 16"),
+    ],
+)
+def test_extra_terms_are_checked(name: str, weight: float, term: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        attack_of(Config(phases=(Phase(1),)), extra_terms={name: (weight, term)})
+
+
+# --- other targets, the same program ------------------------------------------------------------
+
+
+def test_other_targets_run_the_same_program() -> None:
+    """As an attack built for them finds, and nothing is traced again."""
+    config = Config(phases=(Phase(2, jitter=1),), warmup=1)
+    attack = attack_of(config, targets=[0, 3, 6])
+    other = attack.with_targets([5, 1, 1])
+    assert other.phases is attack.phases
+    built, _ = tiny.run(attack_of(config, targets=[5, 1, 1]))
+    found, _ = tiny.run(other)
+    np.testing.assert_array_equal(found.images, built.images)
+    step = jax.jit(attack.phases[0].step)
+    for one in (attack, other):
+        step(KEY, optimise.enter(one.phases[0], one.initial(KEY), 0), one.data)
+    assert step._cache_size() == 1
+    with pytest.raises(ValueError, match="the attack is of 3 images; 2 targets given"):
+        attack.with_targets([5, 1])
+    with pytest.raises(ValueError, match="from 1 to 7, but tiny has classes 0 to 6"):
+        attack.with_targets([5, 1, 7])
 
 
 # --- classes -------------------------------------------------------------------------------------

@@ -1,0 +1,121 @@
+"""Learning-rate schedules and optimizers by name, shared by all attacks; `register_*` adds more."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import optax
+
+from jinv import checks, optimise
+
+Rate = Callable[[float, int, int, float], optax.Schedule]
+"""(lr, warmup, steps, floor) -> the learning rate by step."""
+
+Optimizer = Callable[..., optax.GradientTransformation]
+"""(learning_rate, **arguments) -> a transformation, as optax's."""
+
+
+class Schedule(NamedTuple):
+    """A schedule, and which of a config's options it reads beside `lr` and `warmup`.
+
+    Attributes:
+      rate: the learning rate.
+      reads: names of options. A config without one of them does not offer the schedule; one with
+        them refuses values that its schedule would not read.
+    """
+
+    rate: Rate
+    reads: tuple[str, ...] = ()
+
+
+def cosine(lr: float, warmup: int, steps: int, floor: float) -> optax.Schedule:
+    """`warmup` linear steps to `lr`, then a cosine to `floor * lr`."""
+    return optimise.warm_cosine(lr, warmup, steps, floor)
+
+
+def constant(lr: float, warmup: int, steps: int, floor: float) -> optax.Schedule:
+    """`warmup` linear steps to `lr`, which stays."""
+    del floor
+    return optimise.warm_cosine(lr, warmup, steps, 1.0)
+
+
+PLATEAU = "plateau"
+LBFGS = "lbfgs"
+"""L-BFGS wants the loss as a function: an attack offers it only with a line search."""
+
+SCHEDULES: dict[str, Schedule] = {
+    "cosine": Schedule(cosine, ("lr_floor",)),
+    "constant": Schedule(constant),
+    PLATEAU: Schedule(constant, ("plateau_patience", "plateau_factor")),
+}
+
+OPTIMIZERS: dict[str, Optimizer] = {"adam": optax.adam, "sgd": optax.sgd, LBFGS: optax.lbfgs}
+"""Optimizers by name; every other name is looked up in optax."""
+
+
+def register_schedule(name: str, rate: Rate, reads: tuple[str, ...] = ()) -> None:
+    """Make a schedule of your own a word of the attacks' configs.
+
+    Raises:
+      ValueError: the name is taken.
+    """
+    checks.free("schedule", name, SCHEDULES)
+    SCHEDULES[name] = Schedule(rate, reads)
+
+
+def register_optimizer(name: str, optimizer: Optimizer) -> None:
+    """Make an optimizer of your own a word of the attacks' configs.
+
+    Raises:
+      ValueError: the name is taken.
+    """
+    checks.free("optimizer", name, OPTIMIZERS)
+    OPTIMIZERS[name] = optimizer
+
+
+def check_schedule(config: Any) -> None:
+    """Refuse a config whose `schedule` is unknown, or that sets options of other schedules.
+
+    Raises:
+      ValueError: it names the field.
+    """
+    fields = {field.name for field in dataclasses.fields(config)}
+    offered = {name: s for name, s in SCHEDULES.items() if fields.issuperset(s.reads)}
+    checks.one_of("schedule", config.schedule, offered)
+    idle = {name for schedule in offered.values() for name in schedule.reads}
+    idle -= set(offered[config.schedule].reads)
+    checks.unused(config, f"schedule is {config.schedule!r}", *sorted(idle))
+
+
+def optimizer(name: str) -> Optimizer:
+    """The optimizer of this name in `OPTIMIZERS` or in optax.
+
+    Raises:
+      ValueError: there is none.
+    """
+    factory = OPTIMIZERS.get(name) or getattr(optax, name, None)
+    if name.startswith("_") or not callable(factory) or isinstance(factory, type):
+        raise ValueError(
+            f"no optimizer is called {name!r}; there are: {', '.join(OPTIMIZERS)} and all of optax"
+        )
+    return factory
+
+
+def make_optimizer(
+    name: str, rate: optax.Schedule | None, arguments: Mapping[str, Any]
+) -> optax.GradientTransformation:
+    """An optimizer with its learning rate and its other arguments.
+
+    Raises:
+      ValueError: no such optimizer, or one that refuses the arguments.
+    """
+    factory = optimizer(name)
+    try:
+        made = factory(rate, **arguments)
+    except TypeError as error:
+        raise ValueError(f"{name} refuses its arguments: {error}") from None
+    if not isinstance(made, optax.GradientTransformation):
+        raise ValueError(f"{name} is no optimizer")
+    return made
