@@ -11,7 +11,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,20 @@ class Local:
     def __post_init__(self) -> None:
         if self.lr <= 0 or not self.batches or not all(self.batches):
             raise ValueError("local training needs a positive lr and steps of at least one image")
+
+
+@dataclasses.dataclass(frozen=True)
+class Circumstances:
+    """How evidence came to be: all of `Evidence` but its numbers. An attack's program fits these.
+
+    Attributes:
+      images, training, statistics, local: see `Evidence`.
+    """
+
+    images: int
+    training: bool
+    statistics: Statistics
+    local: Local | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +92,11 @@ class Evidence:
             used = {i for batch in self.local.batches for i in batch}
             if used != set(range(self.images)):
                 raise ValueError(f"local batches must use images 0 to {self.images - 1}, all")
+
+    @property
+    def circumstances(self) -> Circumstances:
+        """All but the values and moments."""
+        return Circumstances(self.images, self.training, self.statistics, self.local)
 
     def check(self, net: Net) -> None:
         """Raise ValueError naming every layer that is missing, misshaped or not finite."""
@@ -168,6 +187,48 @@ def observed(
     return jax.tree.map(jnp.subtract, now, before)
 
 
+Client = Callable[[Array | np.ndarray, Sequence[int]], tuple[Evidence, Secret]]
+"""(normalised images (K, H, W, C), their K classes) -> what it sends, and the secret behind it."""
+
+
+def simulator(
+    net: Net,
+    *,
+    training: bool = False,
+    statistics: Statistics = "none",
+    local: Local | None = None,
+) -> Client:
+    """Make a client that is compiled once for every shape of images.
+
+    Args:
+      net: the network.
+      training: see `Evidence`.
+      statistics: see `Evidence`. "update" statistics are what a client's new running statistics
+        (momentum 0.1) betray, so here the same as "exact".
+      local: see `Evidence`.
+
+    Raises:
+      ValueError: unknown statistics; when the client is called, labels that do not fit.
+    """
+    checks.one_of("statistics", statistics, get_args(Statistics))
+    send = jax.jit(lambda v, x, y: observed(net, v, x, y, training=training, local=local))
+    see = jax.jit(net.mode(training))
+
+    def client(images: Array | np.ndarray, labels: Sequence[int]) -> tuple[Evidence, Secret]:
+        images, chosen = jnp.asarray(images), np.asarray(labels)
+        if chosen.shape != (len(images),) or chosen.min() < 0 or chosen.max() >= net.classes:
+            raise ValueError(f"{len(images)} images need as many labels in 0 to {net.classes - 1}")
+        one_hot = jax.nn.one_hot(chosen, net.classes)
+        values = jax.device_get(send(net.variables, images, one_hot))
+        moments = None
+        if statistics in _WITH_MOMENTS:
+            moments = jax.device_get(see(net.variables, images).moments)
+        evidence = Evidence(values, len(images), training, statistics, moments, local)
+        return evidence, Secret(np.asarray(images), chosen)
+
+    return client
+
+
 def simulate(
     net: Net,
     images: Array | np.ndarray,
@@ -177,22 +238,16 @@ def simulate(
     statistics: Statistics = "none",
     local: Local | None = None,
 ) -> tuple[Evidence, Secret]:
-    """A client of our own: evidence of normalised images (K, H, W, C), and the secret behind it.
+    """Make evidence of one batch, and the secret behind it; for several, see `simulator`.
 
-    "update" statistics are what a client's new running statistics (momentum 0.1) betray, so here
-    the same as "exact".
+    Args:
+      net: the network.
+      images: (K, H, W, C), normalised.
+      labels: K classes.
+      training, statistics, local: see `simulator`.
     """
-    images, chosen = jnp.asarray(images), np.asarray(labels)
-    if chosen.shape != (len(images),) or chosen.min() < 0 or chosen.max() >= net.classes:
-        raise ValueError(f"{len(images)} images need as many labels in 0 to {net.classes - 1}")
-    one_hot = jax.nn.one_hot(chosen, net.classes)
-    send: Callable = jax.jit(lambda v, x, y: observed(net, v, x, y, training=training, local=local))
-    values = jax.device_get(send(net.variables, images, one_hot))
-    moments = None
-    if statistics in _WITH_MOMENTS:
-        moments = jax.device_get(jax.jit(net.mode(training))(net.variables, images).moments)
-    evidence = Evidence(values, len(images), training, statistics, moments, local)
-    return evidence, Secret(np.asarray(images), chosen)
+    client = simulator(net, training=training, statistics=statistics, local=local)
+    return client(images, labels)
 
 
 def moments_of_update(
@@ -232,12 +287,7 @@ def save(path: str | Path, evidence: Evidence) -> None:
         state[_MEAN.format(i)] = np.asarray(moments.mean)
         state[_VAR.format(i)] = np.asarray(moments.var)
     weights_convert.write(path.with_suffix(".safetensors"), state)
-    circumstances = {
-        "images": evidence.images,
-        "training": evidence.training,
-        "statistics": evidence.statistics,
-        "local": None if evidence.local is None else dataclasses.asdict(evidence.local),
-    }
+    circumstances = dataclasses.asdict(evidence.circumstances)
     write_atomic(path.with_suffix(".json"), json.dumps(circumstances, indent=2) + "\n")
 
 

@@ -274,3 +274,46 @@ def test_a_network_without_training_mode_is_refused() -> None:
     found, _ = evidence.simulate(tiny.network(), tiny.noise((2, 16, 16, 3)), [0, 1], training=True)
     with pytest.raises(ValueError, match="tiny has no training mode"):
         found.check(net)
+
+
+def test_parameters_are_neither_statistics_nor_counters() -> None:
+    net = models.load("resnet20_cifar", None)
+    names = weights_convert.from_flax(evidence.parameters(net)).keys()
+    assert "bn1.weight" in names
+    assert not [n for n in names if "running" in n or "num_batches" in n]
+    doubled = jax.tree.map(lambda leaf: 2 * leaf, evidence.parameters(net))
+    changed = evidence.with_parameters(net.variables, doubled)
+    np.testing.assert_array_equal(changed["linear"]["bias"], 2 * net.variables["linear"]["bias"])
+    assert changed["bn1"]["running_var"] is net.variables["bn1"]["running_var"]
+    assert jax.tree.structure(changed) == jax.tree.structure(dict(net.variables))
+
+
+def test_a_client_is_compiled_once() -> None:
+    """A batch after another through one simulator, each as `simulate` makes it."""
+    net = tiny.network()
+    traces = []
+
+    def apply(variables: Any, images: Any) -> Any:
+        traces.append(images.shape)
+        return net.apply(variables, images)
+
+    counted = dataclasses.replace(net, apply=apply)
+    client = evidence.simulator(counted, statistics="exact")
+    batches = [(tiny.noise((3, 16, 16, 3), seed), [seed, 2, 5]) for seed in (0, 1)]
+    found = [client(images, classes) for images, classes in batches[:1]]
+    first = len(traces)
+    found += [client(images, classes) for images, classes in batches[1:]]
+    assert len(traces) == first > 0
+    for (held, secret), (images, classes) in zip(found, batches, strict=True):
+        expected, truth = evidence.simulate(net, images, classes, statistics="exact")
+        jax.tree.map(np.testing.assert_array_equal, held.values, expected.values)
+        jax.tree.map(np.testing.assert_array_equal, held.moments, expected.moments)
+        np.testing.assert_array_equal(secret.images, truth.images)
+        assert held.circumstances == expected.circumstances
+    with pytest.raises(ValueError, match="3 images need as many labels in 0 to 6"):
+        client(batches[0][0], [1, 2])
+
+
+def test_a_simulator_of_unknown_statistics_is_refused() -> None:
+    with pytest.raises(ValueError, match="statistics is one of none, running, exact, update"):
+        evidence.simulator(tiny.network(), statistics="all")  # type: ignore[arg-type]
