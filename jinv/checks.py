@@ -81,4 +81,4 @@ def free(what: str, name: str, table: Iterable[str]) -> None:
       ValueError: it names the table's entries.
     """
     if not name or name in table:
-        raise ValueError(f"a {what} cannot be called {name!r}: taken are {', '.join(table)}")
+        raise ValueError(f"a new {what} cannot be called {name!r}: taken are {', '.join(table)}")

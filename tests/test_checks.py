@@ -68,3 +68,10 @@ def test_an_option_that_plays_no_part_is_named(settings: dict[str, Any], message
     checks.unused(Dish(**settings), "nobody eats", "side")
     with pytest.raises(ValueError, match=message):
         checks.unused(Dish(**settings), "nobody eats", "side", "spoons", "extras")
+
+
+@pytest.mark.parametrize("name", ["a", ""])
+def test_names_that_are_taken_or_none_are_not_free(name: str) -> None:
+    checks.free("dish", "b", {"a": 1})
+    with pytest.raises(ValueError, match=f"^a new dish cannot be called '{name}': taken are a$"):
+        checks.free("dish", name, {"a": 1})
