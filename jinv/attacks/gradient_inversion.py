@@ -13,7 +13,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,19 +23,19 @@ import optax
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
-from jinv import checks, image, optimise, parallel
+from jinv import checks, image, optimise, parallel, schedules
 from jinv.federated import defences, registration
 from jinv.federated import evidence as evidences
 from jinv.federated.defences import Defence
-from jinv.federated.evidence import Evidence
+from jinv.federated.evidence import Circumstances, Evidence
 from jinv.net import Net
 from jinv.objective import gradient_matching, priors
-from jinv.objective.gradient_matching import Match
-from jinv.objective.terms import weigh
+from jinv.objective.terms import ExtraTerms, ImageTerm, image_terms, weigh
 
-Distance = Literal["l2", "squared_l2", "cosine"]
-Optimizer = Literal["adam", "lbfgs"]
 SEEDS, IMAGES = "seeds", "images"
+
+_TAKEN = ("loss", "gradient", "batch_norm", "group", "step", "phase")
+"""Names in metrics that an extra term cannot have."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,17 +44,23 @@ class Config:
 
     Attributes:
       steps: number of steps.
-      lr: learning rate, after `warmup` linear steps falling to 0 along a cosine. L-BFGS has none.
+      lr: learning rate; L-BFGS, which searches along its steps, has none.
+      schedule: one of `schedules.SCHEDULES` without a plateau: "cosine" to `lr_floor` after
+        `warmup` linear steps; "constant" after the same warm-up.
       warmup: steps.
-      optimizer: "adam", or "lbfgs" for every seed alone.
-      signed: Adam sees the sign of the gradient only (Inverting Gradients).
-      distance: of gradients. "l2": sum_l ||g_l - g*_l||_2; "squared_l2": of the squares; "cosine":
-        1 - <g, g*> / (||g|| ||g*||) over all layers.
+      lr_floor: share of the learning rate that the cosine ends at.
+      optimizer: one of `schedules.OPTIMIZERS`, or of optax by its name; "lbfgs" has a line search
+        for every seed alone.
+      optimizer_args: its keyword arguments other than the learning rate.
+      signed: the optimizer sees the sign of the gradient only (Inverting Gradients).
+      distance: of gradients, one of `gradient_matching.DISTANCES`. "l2": sum_l ||g_l - g*_l||_2;
+        "squared_l2": of the squares; "cosine": 1 - <g, g*> / (||g|| ||g*||) over all layers.
       gradient: weight of the distance; 0 leaves the other terms alone (the BN-only ablation).
       layers: factor of each layer by the beginning of its name, such as {"fc": 0}; 1 for others.
       tv_l2, tv_l1, l2: weights of the image priors.
       batch_norm: weight of the BatchNorm prior, against what the evidence knows of moments.
       first_bn_multiplier: further weight of the first BatchNorm layer.
+      bn_weighting: see `priors.batch_norm`.
       seeds: candidates of the batch that are optimised at once.
       group: weight of each candidate's distance to the consensus; 0 for independent restarts.
       group_from: step from which there is a consensus, every `group_every` steps renewed.
@@ -65,10 +72,13 @@ class Config:
 
     steps: int = 20000
     lr: float = 0.1
+    schedule: str = "cosine"
     warmup: int = 50
-    optimizer: Optimizer = "adam"
+    lr_floor: float = 0.0
+    optimizer: str = "adam"
+    optimizer_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     signed: bool = False
-    distance: Distance = "l2"
+    distance: str = "l2"
     gradient: float = 1e-3
     layers: Mapping[str, float] = dataclasses.field(default_factory=dict)
     tv_l2: float = 1e-4
@@ -76,6 +86,7 @@ class Config:
     l2: float = 1e-6
     batch_norm: float = 0.1
     first_bn_multiplier: float = 1.0
+    bn_weighting: priors.LayerWeighting = "published"
     seeds: int = 8
     group: float = 0.01
     group_from: int = 5000
@@ -88,19 +99,33 @@ class Config:
         for name in ("steps", "seeds", "group_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.lr_floor <= 1:
+            raise ValueError(f"lr_floor is a share of the learning rate, not {self.lr_floor}")
         checks.words(self)
-        if self.optimizer == "lbfgs":
+        checks.one_of("distance", self.distance, gradient_matching.DISTANCES)
+        schedules.optimizer(self.optimizer)
+        schedules.check_schedule(self)
+        self._check_unused()
+
+    def _check_unused(self) -> None:
+        if self.searches:
             if self.signed or self.noise:
                 raise ValueError("L-BFGS goes with neither signed steps nor noise: set noise: 0")
-            checks.unused(self, "L-BFGS searches for the length of its steps", "lr", "warmup")
+            reason = "L-BFGS searches for the length of its steps"
+            checks.unused(self, reason, "lr", "schedule", "warmup", "lr_floor")
         if not self.gradient:
             checks.unused(self, "the gradient weighs 0", "distance", "layers")
         if not self.batch_norm:
-            checks.unused(self, "batch_norm is 0", "first_bn_multiplier")
+            checks.unused(self, "batch_norm is 0", "first_bn_multiplier", "bn_weighting")
         if self.seeds == 1 and self.group:
             checks.unused(self, "one seed has no consensus", "group")
         if not self.grouped:
             checks.unused(self, "there is no consensus", "group_from", "group_every")
+
+    @property
+    def searches(self) -> bool:
+        """Whether the optimizer has a line search."""
+        return self.optimizer == schedules.LBFGS
 
     @property
     def grouped(self) -> bool:
@@ -115,8 +140,8 @@ class Config:
         plain = Config()
         idle = ("distance", "layers", "group_from", "group_every")
         changes: dict[str, Any] = {name: getattr(plain, name) for name in idle}
-        if self.optimizer == "lbfgs":
-            changes["optimizer"] = "adam"
+        if self.searches:
+            changes |= {"optimizer": plain.optimizer, "optimizer_args": plain.optimizer_args}
         return dataclasses.replace(self, gradient=0.0, seeds=1, group=0.0, **changes)
 
 
@@ -173,50 +198,39 @@ class Execution:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
 
+    def for_one_seed(self, images: int) -> Execution:
+        """The same for one seed, on as many of the devices as share its images evenly."""
+        devices = None if self.devices is None else math.gcd(images, self.devices)
+        return dataclasses.replace(self, devices=devices, seeds_at_once=None)
+
 
 def gradient_distance(
     found: evidences.Parameters,
     wanted: evidences.Parameters,
-    kind: Distance = "l2",
+    kind: str = "l2",
     layers: Mapping[str, float] | None = None,
 ) -> Array:
-    """D(g, g*) over trees of the same structure; `layers` as in `Config`."""
-    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
-    matches = [gradient_matching.between(a, b) for a, b in pairs]
-    return _distance(matches, _factors(wanted, layers or {}), kind)
+    """Compute D(g, g*) over two trees of the same structure.
 
+    Args:
+      found: g.
+      wanted: g*.
+      kind: one of `gradient_matching.DISTANCES`.
+      layers: as in `Config`.
 
-def _distance(matches: Sequence[Match | None], factors: Sequence[float], kind: Distance) -> Array:
-    pairs = [(f, m) for f, m in zip(factors, matches, strict=True) if f and m is not None]
-
-    def total(of: Callable[[Match], Array]) -> Array:
-        return _sum(jnp.stack([f * of(m) for f, m in pairs]))
-
-    if kind == "l2":
-        return total(lambda m: priors.root(m.difference))
-    if kind == "squared_l2":
-        return total(lambda m: m.difference)
-    if kind == "cosine":
-        lengths = jnp.sqrt(total(lambda m: m.own)) * jnp.sqrt(total(lambda m: m.wanted))
-        return 1 - total(lambda m: m.product) / jnp.maximum(lengths, 1e-30)
-    raise ValueError(f"no distance of gradients is called {kind!r}")
-
-
-@jax.custom_jvp
-def _sum(values: Array) -> Array:
-    """Of one number a layer.
-
-    XLA would turn a plain sum into a chain of additions, and repeat that for every pixel whose
-    gradient it scales: MobileNetV2's cosine distance took 8 times as long. Sorting stops it.
+    Raises:
+      ValueError: no distance has this name.
     """
-    return jnp.sort(values).sum()
+    return gradient_matching.distance(kind, _factors(wanted, layers or {}), _matches(found, wanted))
 
 
-_sum.defjvp(lambda values, tangents: (_sum(*values), jnp.sum(*tangents)))
+def _matches(found: Any, wanted: Any) -> list[gradient_matching.Match]:
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
+    return [gradient_matching.between(*pair) for pair in pairs]
 
 
 def _factors(tree: Any, layers: Mapping[str, float]) -> list[float]:
-    """Of every leaf: that of the longest beginning of its name that is given."""
+    """Every leaf's factor: that of the longest beginning of its name that is given, else 1."""
 
     def factor(path: tuple[Any, ...]) -> float:
         name = ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
@@ -265,6 +279,9 @@ class Attack:
       distances: compiled, `(the same, data) -> (seeds,)` distances of gradients, to choose by.
       mesh: the devices, by (seeds, images).
       space: what the images are normalised for.
+      config: the mathematics.
+      net: the victim's network.
+      circumstances: of the evidence that the program fits.
     """
 
     phases: tuple[optimise.Phase, ...]
@@ -273,21 +290,55 @@ class Attack:
     distances: Callable[[Any, Data], Array]
     mesh: Mesh
     space: image.Preprocessing
+    config: Config
+    net: Net
+    circumstances: Circumstances
+
+    def shown(self, found: Any) -> Array:
+        """The images (K, H, W, C) a person looks at, in `space`: the first candidate's."""
+        return _images(found)[0]
+
+    def with_evidence(self, evidence: Evidence, labels: Labels) -> Attack:
+        """The same program for other evidence; nothing is compiled again.
+
+        Args:
+          evidence: of the same network, come about in the same circumstances.
+          labels: as in `build`.
+
+        Raises:
+          ValueError: evidence or labels that the program does not fit.
+        """
+        evidence.check(self.net)
+        if evidence.circumstances != self.circumstances:
+            raise ValueError(
+                f"the attack fits {self.circumstances}; the evidence is of {evidence.circumstances}"
+            )
+        joint = isinstance(self.data.labels, tuple)
+        if (labels is None) != joint:
+            raise ValueError(f"labels are {'optimised' if joint else 'known'} in this attack")
+        data = _data(self.config, self.net, evidence, labels)._replace(variables=())
+        data = parallel.put(self.mesh, PartitionSpec(), data)
+        return dataclasses.replace(self, data=data._replace(variables=self.data.variables))
+
+
+Labels = Sequence[int] | Sequence[Sequence[int]] | None
+"""K classes, K for every seed, or None where labels are optimised with the images."""
 
 
 def build(
     config: Config,
     net: Net,
     evidence: Evidence,
-    labels: Sequence[int] | Sequence[Sequence[int]] | None,
+    labels: Labels,
     *,
     size: int | tuple[int, int] | None = None,
     space: image.Preprocessing | None = None,
     register: registration.Register | None = registration.to_reference,
     defence: Defence | None = None,
+    extra_terms: ExtraTerms = MappingProxyType({}),
     execution: Execution | None = None,
 ) -> Attack:
-    """GradInversion of this evidence.
+    """Build GradInversion of this evidence.
 
     Args:
       config: the mathematics.
@@ -302,6 +353,9 @@ def build(
         plain mean.
       defence: what the client did to its gradient, if the attacker knows: found gradients are
         compared as that client would have sent them.
+      extra_terms: name -> (weight, function) of your own terms: one candidate's images
+        (K, H, W, C) in `space` -> scalar, differentiable. A term that needs a network closes over
+        it.
       execution: devices and memory.
 
     Raises:
@@ -309,103 +363,160 @@ def build(
     """
     execution = execution or Execution()
     evidence.check(net)
-    count = evidence.images
-    chosen = None if labels is None else np.asarray(labels)
-    if chosen is not None and (
-        chosen.shape not in ((count,), (config.seeds, count))
-        or chosen.min() < 0
-        or chosen.max() >= net.classes
-    ):
-        raise ValueError(f"{count} labels from 0 to {net.classes - 1} are needed, not {labels}")
+    data = _data(config, net, evidence, labels)
+    _check(config, evidence, data, execution)
+    space = space or net.preprocessing
+    size = size or net.preprocessing.size
+    height, width = (size, size) if isinstance(size, int) else size
+    shape = (config.seeds, evidence.images, height, width, space.channels)
+    mesh = _mesh(config.seeds, evidence.images, execution)
+    objective = _Objective(
+        config=config,
+        net=net,
+        circumstances=evidence.circumstances,
+        space=space,
+        defence=None if defence == Defence() else defence,
+        terms=_terms(config, extra_terms, shape[1:]),
+        factors=_factors(evidence.values, config.layers),
+        execution=execution,
+        on_one_device=mesh.size == 1,
+    )
+    return Attack(
+        (_phase(config, objective, shape, register),),
+        parallel.put(mesh, PartitionSpec(), data),
+        _initial(config, shape, mesh, net.classes if labels is None else None),
+        jax.jit(objective.distances),
+        mesh,
+        space,
+        config,
+        net,
+        evidence.circumstances,
+    )
+
+
+def _data(config: Config, net: Net, evidence: Evidence, labels: Labels) -> Data:
+    """What the steps read, not yet on the devices."""
+    moments: Any = ()
+    if config.batch_norm and net.statistics and evidence.statistics != "none":
+        moments = net.running_moments() if evidence.moments is None else evidence.moments
+    one_hot: Any = ()
+    if labels is not None:
+        count, chosen = evidence.images, np.asarray(labels)
+        fits = chosen.shape in ((count,), (config.seeds, count))
+        if not fits or chosen.min() < 0 or chosen.max() >= net.classes:
+            raise ValueError(f"{count} labels from 0 to {net.classes - 1} are needed, not {labels}")
+        of_seeds = np.broadcast_to(chosen, (config.seeds, count))
+        one_hot = jax.nn.one_hot(of_seeds, net.classes)
+    return Data(net.variables, evidence.values, moments, one_hot)
+
+
+def _check(config: Config, evidence: Evidence, data: Data, execution: Execution) -> None:
     if execution.images_at_once and (evidence.training or evidence.local):
         raise ValueError(
             "images_at_once needs a gradient whose images do not act on each other: neither a "
             "victim in training mode nor local steps"
         )
-    space = space or net.preprocessing
-    height, width = (
-        (net.preprocessing.size,) * 2
-        if size is None
-        else (size, size)
-        if isinstance(size, int)
-        else size
-    )
-    shape = (config.seeds, count, height, width, space.channels)
-    mesh = _mesh(config.seeds, count, execution)
+    if config.gradient and not any(_factors(evidence.values, config.layers)):
+        raise ValueError("every layer's factor is 0: set gradient: 0 to leave the gradient out")
+    if not config.gradient and not data.moments:
+        raise ValueError(
+            "nothing ties the images to the evidence: the gradient weighs 0 and no moments of "
+            "BatchNorm layers are known or weighed"
+        )
+
+
+def _terms(
+    config: Config, extra_terms: ExtraTerms, shape: tuple[int, ...]
+) -> dict[str, tuple[float, ImageTerm]]:
+    """Image terms of one candidate's images (K, H, W, C) that weigh something."""
+    weights = {"tv_l2": config.tv_l2, "tv_l1": config.tv_l1, "l2": config.l2}
+    images = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return image_terms(weights, extra_terms, [images], _TAKEN)
+
+
+def _initial(
+    config: Config, shape: tuple[int, ...], mesh: Mesh, classes: int | None
+) -> Callable[[Array], Any]:
+    """`key -> noise`, with labels of so many classes if there are to be optimised ones."""
+    spread = PartitionSpec(SEEDS, IMAGES)
 
     def initial(key: Array) -> Any:
         noise = config.init_std * jax.random.normal(key, shape)
-        laid = parallel.put(mesh, PartitionSpec(SEEDS, IMAGES), noise)
-        if chosen is not None:
+        laid = parallel.put(mesh, spread, noise)
+        if classes is None:
             return laid
-        logits = jax.random.normal(jax.random.fold_in(key, 1), (*shape[:2], net.classes))
-        return Candidates(laid, parallel.put(mesh, PartitionSpec(SEEDS, IMAGES), logits))
+        logits = jax.random.normal(jax.random.fold_in(key, 1), (*shape[:2], classes))
+        return Candidates(laid, parallel.put(mesh, spread, logits))
+
+    return initial
+
+
+def _phase(
+    config: Config,
+    objective: _Objective,
+    shape: tuple[int, ...],
+    register: registration.Register | None,
+) -> optimise.Phase:
+    """The program."""
+    rate = schedules.SCHEDULES[config.schedule].rate(
+        config.lr, config.warmup, config.steps, config.lr_floor
+    )
+    optimizer = make_optimizer(config, rate)
+
+    def enter(images: Any, step: Any) -> optimise.State:
+        memory = jnp.zeros(shape[1:]) if config.grouped else ()
+        return optimise.init(images, optimizer, step, candidates=True, memory=memory)
 
     def project(found: Any) -> Any:
         if not config.clip:
             return found
         if isinstance(found, Candidates):
-            return found._replace(images=image.clip(found.images, space))
-        return image.clip(found, space)
+            return found._replace(images=image.clip(found.images, objective.space))
+        return image.clip(found, objective.space)
 
-    rate = optimise.warm_cosine(config.lr, config.warmup, config.steps)
-    grouped = config.grouped
-
-    def remember(step: Array, found: Any, consensus: Array) -> tuple[Array, Array]:
-        images = found.images if isinstance(found, Candidates) else found
-        renewed = (step >= config.group_from) & (
-            (step - config.group_from) % config.group_every == 0
-        )
-        now = lax.cond(renewed, lambda: _consensus(images, register), lambda: consensus)
-        return now, renewed
-
-    optimizer = _optimizer(config, rate)
-
-    def enter(images: Any, step: Any) -> optimise.State:
-        memory = jnp.zeros(shape[1:]) if grouped else ()
-        return optimise.init(images, optimizer, step, candidates=True, memory=memory)
-
-    moments: Any = ()
-    if config.batch_norm and net.statistics and evidence.statistics != "none":
-        moments = net.running_moments() if evidence.moments is None else evidence.moments
-    if config.gradient and not any(_factors(evidence.values, config.layers)):
-        raise ValueError("every layer's factor is 0: set gradient: 0 to leave the gradient out")
-    if not config.gradient and not moments:
-        raise ValueError(
-            "nothing ties the images to the evidence: the gradient weighs 0 and no moments of "
-            "BatchNorm layers are known or weighed"
-        )
-    one_hot: Any = ()
-    if chosen is not None:
-        of_seeds = np.broadcast_to(chosen, (config.seeds, count))
-        one_hot = jax.nn.one_hot(of_seeds, net.classes)
-    data = Data(net.variables, evidence.values, moments, one_hot)
-    objective = _Objective(config, net, evidence, space, defence, execution, mesh)
     step = optimise.make_step(
-        objective.grouped if grouped else objective.alone,
+        objective.grouped if config.grouped else objective.alone,
         optimizer,
         project=project,
         noise=(lambda t: config.noise * rate(t)) if config.noise else None,
-        remember=remember if grouped else None,
-        line_search=config.optimizer == "lbfgs",
+        remember=_remember(config, register) if config.grouped else None,
+        line_search=config.searches,
     )
-    return Attack(
-        (optimise.Phase(f"{config.seeds} x {count} images", config.steps, enter, step),),
-        parallel.put(mesh, PartitionSpec(), data),
-        initial,
-        jax.jit(objective.distances),
-        mesh,
-        space,
-    )
+    return optimise.Phase(f"{shape[0]} x {shape[1]} images", config.steps, enter, step)
 
 
-def _optimizer(config: Config, rate: optax.Schedule) -> optax.GradientTransformation:
-    if config.optimizer == "lbfgs":
-        return optimise.each_candidate(optax.lbfgs())
-    adam = optax.adam(rate)
+def _remember(config: Config, register: registration.Register | None) -> optimise.Remember:
+    """Renews the consensus every so many steps."""
+
+    def remember(step: Array, found: Any, consensus: Array) -> tuple[Array, Array]:
+        renewed = (step >= config.group_from) & (
+            (step - config.group_from) % config.group_every == 0
+        )
+        images = _images(found)
+        now = lax.cond(renewed, lambda: _consensus(images, register), lambda: consensus)
+        return now, renewed
+
+    return remember
+
+
+def make_optimizer(config: Config, rate: optax.Schedule) -> optax.GradientTransformation:
+    """Make the config's optimizer.
+
+    Raises:
+      ValueError: one that refuses the config's arguments.
+    """
+    arguments = config.optimizer_args
+    if config.searches:
+        return optimise.each_candidate(schedules.make_optimizer(config.optimizer, None, arguments))
+    optimizer = schedules.make_optimizer(config.optimizer, rate, arguments)
     if config.signed:
-        return optax.chain(optax.stateless(lambda g, _: jax.tree.map(jnp.sign, g)), adam)
-    return adam
+        return optax.chain(optax.stateless(lambda g, _: jax.tree.map(jnp.sign, g)), optimizer)
+    return optimizer
+
+
+def _images(found: Any) -> Any:
+    """The candidates' images (G, K, H, W, C)."""
+    return found.images if isinstance(found, Candidates) else found
 
 
 def _mesh(seeds: int, images: int, execution: Execution) -> Mesh:
@@ -434,29 +545,38 @@ def _consensus(images: Array, register: registration.Register | None) -> Array:
     return register(images, jnp.broadcast_to(mean, images.shape)).mean(0)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Objective:
-    """L(x) of every candidate."""
+    """L(x) of every candidate.
 
-    def __init__(
-        self,
-        config: Config,
-        net: Net,
-        evidence: Evidence,
-        space: image.Preprocessing,
-        defence: Defence | None,
-        execution: Execution,
-        mesh: Mesh,
-    ) -> None:
-        self.config = config
-        self.net = net
-        self.evidence = evidence
-        self.space = space
-        self.defence = None if defence == Defence() else defence
-        self.execution = execution
-        self.factors = _factors(evidence.values, config.layers)
-        formed = evidence.local or self.defence or execution.images_at_once
-        one_by_one = formed and jax.default_backend() == "cpu" and mesh.size == 1
-        self.seeds_at_once = execution.seeds_at_once or (1 if one_by_one else config.seeds)
+    Attributes:
+      config: the mathematics.
+      net: the victim's network.
+      circumstances: of the evidence.
+      space: of the images.
+      defence: what the client is known to have done, None for nothing.
+      terms: image terms by name, with their weights.
+      factors: of every layer in the distance of gradients.
+      execution: devices and memory.
+      on_one_device: whether there is no more than one.
+    """
+
+    config: Config
+    net: Net
+    circumstances: Circumstances
+    space: image.Preprocessing
+    defence: Defence | None
+    terms: Mapping[str, tuple[float, ImageTerm]]
+    factors: Sequence[float]
+    execution: Execution
+    on_one_device: bool
+
+    @property
+    def seeds_at_once(self) -> int:
+        """How many candidates' gradients are computed at the same time, see `Execution`."""
+        formed = self.circumstances.local or self.defence or self.execution.images_at_once
+        one_by_one = formed and jax.default_backend() == "cpu" and self.on_one_device
+        return self.execution.seeds_at_once or (1 if one_by_one else self.config.seeds)
 
     def alone(self, key: Array, found: Any, data: Data) -> tuple[Array, dict[str, Array]]:
         """An `optimise.LossFn`: (G,) losses, mean terms."""
@@ -503,15 +623,16 @@ class _Objective:
         if data.moments:
             if seen is None:
                 given = image.convert(images, self.space, self.net.preprocessing)
-                seen = self.net.mode(self.evidence.training)(data.variables, given).moments
+                seen = self.net.mode(self.circumstances.training)(data.variables, given).moments
             weights["batch_norm"] = config.batch_norm
             values["batch_norm"] = priors.batch_norm(
-                seen, data.moments, first_multiplier=config.first_bn_multiplier
+                seen,
+                data.moments,
+                first_multiplier=config.first_bn_multiplier,
+                weighting=config.bn_weighting,
             )
-        for name, prior in _PRIORS.items():
-            weight = getattr(config, name)
-            if weight:
-                weights[name], values[name] = weight, prior(images)
+        for name, (weight, term) in self.terms.items():
+            weights[name], values[name] = weight, term(images)
         if consensus is not None:
             ready = jnp.any(consensus != 0)  # zeros until the first one is formed
             weights["group"] = config.group
@@ -520,43 +641,41 @@ class _Objective:
 
     def _matched(self, images: Array, labels: Array, data: Data) -> tuple[Array, Any]:
         """D(g(x), g*), and the moments of BatchNorm layers if they came with it."""
-        net, evidence = self.net, self.evidence
-        images = image.convert(images, self.space, net.preprocessing)
-        at_once = self.execution.images_at_once
-        if evidence.local is None and at_once is None and self.defence is None:
+        images = image.convert(images, self.space, self.net.preprocessing)
+        formed = self.circumstances.local or self.defence or self.execution.images_at_once
+        if formed:
+            matches, seen = _matches(self._sent(images, labels, data), data.wanted), None
+        else:
+            matches, seen = self._compared(images, labels, data)
+        return gradient_matching.distance(self.config.distance, self.factors, matches), seen
 
-            def loss(parameters: Any, inputs: Any) -> tuple[Array, Any]:
-                variables = evidences.with_parameters(data.variables, parameters)
-                images, labels = inputs
-                return evidences.loss_and_moments(net, variables, images, labels, evidence.training)
+    def _compared(self, images: Array, labels: Array, data: Data) -> tuple[Any, Any]:
+        """Every layer's match without forming large gradients, and the moments on the way."""
+        net, training = self.net, self.circumstances.training
 
-            matches, seen = gradient_matching.compare(
-                loss,
-                evidences.parameters(net, data.variables),
-                data.wanted,
-                (images, labels),
-                form=self.execution.gradients,
-                chosen=[bool(factor) for factor in self.factors],
-            )
-            return _distance(matches, self.factors, self.config.distance), seen
+        def loss(parameters: Any, inputs: Any) -> tuple[Array, Any]:
+            variables = evidences.with_parameters(data.variables, parameters)
+            images, labels = inputs
+            return evidences.loss_and_moments(net, variables, images, labels, training)
+
+        return gradient_matching.compare(
+            loss,
+            evidences.parameters(net, data.variables),
+            data.wanted,
+            (images, labels),
+            form=self.execution.gradients,
+            chosen=[bool(factor) for factor in self.factors],
+        )
+
+    def _sent(self, images: Array, labels: Array, data: Data) -> evidences.Parameters:
+        """What the client would have sent, defended as far as is known."""
         found: evidences.Parameters = evidences.observed(
-            net,
+            self.net,
             data.variables,
             images,
             labels,
-            training=evidence.training,
-            local=evidence.local,
-            at_once=at_once,
+            training=self.circumstances.training,
+            local=self.circumstances.local,
+            at_once=self.execution.images_at_once,
         )
-        if self.defence is not None:
-            found = defences.as_sent(self.defence, found, data.wanted)
-        pairs = zip(jax.tree.leaves(found), jax.tree.leaves(data.wanted), strict=True)
-        matches = [gradient_matching.between(*pair) for pair in pairs]
-        return _distance(matches, self.factors, self.config.distance), None
-
-
-_PRIORS: dict[str, Callable[[Array], Array]] = {
-    "tv_l2": priors.total_variation_l2,
-    "tv_l1": priors.total_variation_l1,
-    "l2": priors.l2,
-}
+        return found if self.defence is None else defences.as_sent(self.defence, found, data.wanted)

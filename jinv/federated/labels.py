@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import scipy.optimize
 
+from jinv import checks
 from jinv.federated.evidence import Evidence
 from jinv.net import Net
 
@@ -205,7 +206,10 @@ def llg(head: Head) -> np.ndarray:
     return counts.astype(int)
 
 
-METHODS: dict[str, Callable[[Head], np.ndarray]] = {
+Method = Callable[[Head], np.ndarray]
+"""The last layer with its gradient -> number of images of every class (C,), summing to K."""
+
+METHODS: dict[str, Method] = {
     "minimum": minimum,
     "identity": identity,
     "ilrg": ilrg,
@@ -213,8 +217,18 @@ METHODS: dict[str, Callable[[Head], np.ndarray]] = {
 }
 
 
+def register(name: str, method: Method) -> None:
+    """Make a way of restoring labels of your own one of `METHODS`.
+
+    Raises:
+      ValueError: the name is taken.
+    """
+    checks.free("method of restoring labels", name, METHODS)
+    METHODS[name] = method
+
+
 def restore(head: Head, method: str = "identity") -> np.ndarray:
-    """Number of images of every class (C,), summing to K.
+    """Restore the number of images of every class (C,), summing to K.
 
     Args:
       head: the last layer and its gradient.
@@ -223,8 +237,7 @@ def restore(head: Head, method: str = "identity") -> np.ndarray:
     Raises:
       ValueError: unknown method, or one that needs what the head has not.
     """
-    if method not in METHODS:
-        raise ValueError(f"no method is called {method!r}; there are: {', '.join(METHODS)}")
+    checks.one_of("method", method, METHODS)
     return METHODS[method](head)
 
 

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jinv import checks
+
 Register = Callable[[Array, Array], Array]
 """(images, reference), both (..., H, W, C) -> the images moved onto the reference."""
 
@@ -115,3 +117,21 @@ def by_flow(image: np.ndarray, reference: np.ndarray) -> np.ndarray:
     where = np.stack([y + rows, x + columns])
     warped = [warp(channel, where, mode="edge") for channel in np.moveaxis(image, -1, 0)]
     return np.stack(warped, -1)
+
+
+REGISTRATIONS: dict[str, Register | None] = {
+    "none": None,
+    "shift": to_reference,
+    "flow": on_host(by_flow),
+}
+"""Ways of moving candidates onto their mean before the consensus is taken, by name."""
+
+
+def register_method(name: str, register: Register) -> None:
+    """Make a registration of your own one of `REGISTRATIONS`.
+
+    Raises:
+      ValueError: the name is taken.
+    """
+    checks.free("registration", name, REGISTRATIONS)
+    REGISTRATIONS[name] = register

@@ -11,13 +11,13 @@ import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jinv import data, image, parallel, privacy
+from jinv import checks, data, image, parallel
 from jinv.attacks import gradient_inversion
 from jinv.attacks.gradient_inversion import PRESETS, Candidates
 from jinv.data import Split
@@ -32,13 +32,6 @@ from jinv.runs import config as configs
 from jinv.runs import hardware, run_folder
 from jinv.scores import judging, lpips, similarity
 
-Labels = Literal["minimum", "identity", "ilrg", "llg", "joint", "known"]
-Registration = Literal["none", "shift", "flow"]
-REGISTER: dict[str, registration.Register | None] = {
-    "none": None,
-    "shift": registration.to_reference,
-    "flow": registration.on_host(registration.by_flow),
-}
 ABLATION = "bn_only"
 """Folder of the run without the gradient."""
 
@@ -135,10 +128,10 @@ class Recipe:
     evidence: str | None = None
     originals: tuple[str, ...] = ()
     original_classes: tuple[int, ...] = ()
-    labels: Labels = "ilrg"
+    labels: str = "ilrg"
     size: int | None = None
     gray: bool = False
-    registration: Registration = "shift"
+    registration: str = "shift"
     knows_defence: bool = True
     lpips_vgg16: str | None = None
     delta: float = 1e-5
@@ -160,6 +153,8 @@ class Recipe:
             raise ValueError(
                 f"{len(self.original_classes)} classes for {len(self.originals)} originals"
             )
+        checks.one_of("labels", self.labels, (*labels.METHODS, "joint", "known"))
+        checks.one_of("registration", self.registration, registration.REGISTRATIONS)
         if self.trials < 1:
             raise ValueError(f"trials must be at least 1, not {self.trials}")
 
@@ -211,7 +206,8 @@ class Leakage:
         if recipe.attack.gradient and self.attack.data.moments:
             alone = recipe.attack.without_gradient()
             known = self.classes or [0] * self.held.images  # without a gradient none matter
-            self.ablation = self._build(alone, known, gradient_inversion.Execution())
+            execution = recipe.execution.for_one_seed(self.held.images)
+            self.ablation = self._build(alone, known, execution)
 
     def _build(
         self,
@@ -227,7 +223,7 @@ class Leakage:
             classes,
             size=recipe.size,
             space=self.space,
-            register=REGISTER[recipe.registration],
+            register=registration.REGISTRATIONS[recipe.registration],
             defence=self.known_defence,
             execution=execution,
         )

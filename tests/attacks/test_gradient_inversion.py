@@ -21,6 +21,7 @@ from jinv.federated.defences import Defence
 from jinv.federated.evidence import Local
 from jinv.image import denormalise, normalise
 from jinv.net import Net
+from jinv.objective import priors
 
 KEY = jax.random.key(3)
 PLAIN: dict[str, Any] = {
@@ -235,6 +236,102 @@ def test_bn_alone_needs_no_gradient() -> None:
     assert metrics["batch_norm"][-1] < 0.2 * metrics["batch_norm"][0]
 
 
+def test_layer_weighting_is_that_of_the_prior() -> None:
+    net, held, _ = small(statistics="exact")
+    config = Config(**PLAIN | {"gradient": 0.0, "bn_weighting": "standardised"})
+    images = tiny.noise((1, 2, 16, 16, 3))
+    _, info = first_step(gradient_inversion.build(config, net, held, [2, 5]), images)
+    expected = priors.batch_norm(net(images[0]).moments, held.moments, weighting="standardised")
+    assert float(info.terms["batch_norm"]) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_an_extra_term_is_of_each_candidates_images() -> None:
+    """Its value is the mean over candidates, its gradient each candidate's own."""
+    net, held, _ = small()
+    config = Config(**PLAIN | {"seeds": 2, "group": 0.0, "lr": 1.0, "optimizer": "sgd"})
+    images = jnp.stack([jnp.full((2, 16, 16, 3), level) for level in (0.5, -2.0)])
+    extra = {"bright": (10.0, lambda x: jnp.square(x.mean()))}
+    plain, more = (
+        gradient_inversion.build(config, net, held, [2, 5], extra_terms=terms)
+        for terms in ({}, extra)
+    )
+    (before, without), (after, info) = first_step(plain, images), first_step(more, images)
+    assert float(info.terms["bright"]) == pytest.approx((0.25 + 4) / 2, rel=1e-5)
+    assert float(info.loss - without.loss) == pytest.approx(10 * (0.25 + 4) / 2, rel=1e-3)
+    pushed = np.asarray(after.images - before.images)
+    for found, level in zip(pushed, (0.5, -2.0), strict=True):
+        np.testing.assert_allclose(found, -10 * 2 * level / found.size, atol=1e-4)
+    with pytest.raises(ValueError, match="cannot be called 'group': the name is taken"):
+        gradient_inversion.build(config, net, held, [2, 5], extra_terms={"group": (1.0, jnp.mean)})
+
+
+def test_a_schedule_and_an_optimizer_by_name() -> None:
+    """Plain gradient descent of a constant rate, against the gradient that Adam's state holds."""
+    net, held, _ = small()
+    images = tiny.noise((1, 2, 16, 16, 3))
+    settings = PLAIN | {"tv_l2": 0.0, "l2": 0.0}
+    adam, _ = first_step(gradient_inversion.build(Config(**settings), net, held, [2, 5]), images)
+    gradient = np.asarray(optax.tree.get(adam, "mu")) / 0.1
+    config = Config(**settings, optimizer="sgd", schedule="constant", lr=0.5)
+    state, _ = first_step(gradient_inversion.build(config, net, held, [2, 5]), images)
+    np.testing.assert_allclose(state.images, images - 0.5 * gradient, atol=1e-5)
+
+
+# --- the same program on other evidence ----------------------------------------------------------
+
+
+def test_other_evidence_runs_the_same_program() -> None:
+    """As an attack built for it finds, and nothing is traced again."""
+    net, held, _ = small(statistics="exact")
+    other, _ = evidence.simulate(
+        net, tiny.noise((2, 16, 16, 3), seed=9), [6, 0], statistics="exact"
+    )
+    config = Config(**PLAIN | {"steps": 3, "seeds": 2, "group_from": 1, "group_every": 1})
+    attack = gradient_inversion.build(config, net, held, [2, 5])
+    again = attack.with_evidence(other, [6, 0])
+    assert again.phases is attack.phases
+    found, metrics = run(again)
+    built, expected = run(gradient_inversion.build(config, net, other, [6, 0]))
+    np.testing.assert_array_equal(found.images, built.images)
+    np.testing.assert_array_equal(metrics["gradient"], expected["gradient"])
+    step = jax.jit(attack.phases[0].step)
+    for one in (attack, again):
+        step(KEY, optimise.enter(one.phases[0], one.initial(KEY), 0), one.data)
+    assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"training": True}, {"statistics": "running"}, {"local": Local(0.1, ((0, 1),))}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_evidence_of_other_circumstances_is_refused(settings: dict[str, Any]) -> None:
+    net, held, _ = small()
+    attack = gradient_inversion.build(Config(**PLAIN), net, held, [2, 5])
+    _, other, _ = small(**settings)
+    with pytest.raises(ValueError, match="the attack fits Circumstances"):
+        attack.with_evidence(other, [2, 5])
+
+
+def test_other_labels_must_fit_too() -> None:
+    net, held, _ = small()
+    attack = gradient_inversion.build(Config(**PLAIN), net, held, [2, 5])
+    with pytest.raises(ValueError, match="labels are known in this attack"):
+        attack.with_evidence(held, None)
+    with pytest.raises(ValueError, match="2 labels from 0 to 6 are needed"):
+        attack.with_evidence(held, [2, 7])
+    joint = gradient_inversion.build(Config(**PLAIN), net, held, None)
+    with pytest.raises(ValueError, match="labels are optimised in this attack"):
+        joint.with_evidence(held, [2, 5])
+
+
+def test_execution_of_one_seed_keeps_the_devices_it_can_use() -> None:
+    many = Execution(devices=8, seeds_at_once=2, images_at_once=1, gradients="formed")
+    assert many.for_one_seed(6) == Execution(devices=2, images_at_once=1, gradients="formed")
+    assert many.for_one_seed(8).devices == 8
+    assert Execution().for_one_seed(3) == Execution()
+
+
 def test_layers_count_by_the_beginning_of_their_names() -> None:
     wanted = {"a": {"w": jnp.ones(4), "b": jnp.ones(1)}, "c": jnp.ones(9)}
     found = jax.tree.map(jnp.zeros_like, wanted)
@@ -334,7 +431,13 @@ def test_candidates_whose_objective_changes_forget_their_best_images() -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"steps": 0}, {"seeds": 0}, {"distance": "taxi"}, {"optimizer": "newton"}],
+    [
+        {"steps": 0},
+        {"seeds": 0},
+        {"distance": "taxi"},
+        {"optimizer": "newton"},
+        {"schedule": "plateau"},
+    ],
 )
 def test_config_refuses(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
@@ -348,6 +451,8 @@ def test_config_refuses(settings: dict[str, Any]) -> None:
         ({"warmup": 0, "optimizer": "lbfgs", "noise": 0.0}, "L-BFGS searches"),
         ({"distance": "cosine", "gradient": 0.0}, "the gradient weighs 0"),
         ({"layers": {"fc": 0.0}, "gradient": 0.0}, "the gradient weighs 0"),
+        ({"bn_weighting": "relative", "batch_norm": 0.0}, "batch_norm is 0"),
+        ({"lr_floor": 0.5, "schedule": "constant"}, "schedule is 'constant'"),
         ({"first_bn_multiplier": 2.0, "batch_norm": 0.0}, "batch_norm is 0"),
         ({"group": 0.5, "seeds": 1}, "one seed has no consensus"),
         ({"group_from": 10, "seeds": 1}, "there is no consensus"),

@@ -218,3 +218,14 @@ def test_methods_say_what_they_need() -> None:
         labels.restore(head, "ilrg")
     with pytest.raises(ValueError, match="there are: minimum, identity, ilrg, llg"):
         labels.restore(head, "guess")
+
+
+def test_a_method_of_ones_own_is_restored_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(labels, "METHODS", dict(labels.METHODS))
+    head = labels.Head(np.zeros((2, 3)), np.zeros((2, 3)), images=4)
+    with pytest.raises(ValueError, match="method is one of minimum, identity, ilrg, llg, not"):
+        labels.restore(head, "first")
+    labels.register("first", lambda head: np.eye(head.classes, dtype=int)[0] * head.images)
+    assert labels.restore(head, "first").tolist() == [4, 0, 0]
+    with pytest.raises(ValueError, match="cannot be called 'llg'"):
+        labels.register("llg", labels.llg)

@@ -145,3 +145,20 @@ def test_nothing_is_less_than_what_rounding_leaves() -> None:
     value, slope = jax.value_and_grad(difference)(images)
     assert 0 < float(value) < 1e-5 * size
     assert np.isfinite(slope).all()
+
+
+def test_a_distance_of_ones_own_is_matched_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gets the layers that count, with their factors."""
+    monkeypatch.setattr(gradient_matching, "DISTANCES", dict(gradient_matching.DISTANCES))
+    matches = [gradient_matching.between(jnp.full(4, x), jnp.ones(4)) for x in (3.0, 5.0, 2.0)]
+    with pytest.raises(ValueError, match="distance is one of l2, squared_l2, cosine, not 'most'"):
+        gradient_matching.distance("most", [1, 1, 1], matches)
+
+    def most(factors: Any, matches: Any) -> Array:
+        return max(f * jnp.sqrt(m.difference) for f, m in zip(factors, matches, strict=True))
+
+    gradient_matching.register_distance("most", most)
+    assert float(gradient_matching.distance("most", [2, 0, 5], matches)) == pytest.approx(10)
+    assert float(gradient_matching.distance("most", [2, 1, 0], [*matches[:2], None])) == 8
+    with pytest.raises(ValueError, match="a new distance cannot be called 'l2'"):
+        gradient_matching.register_distance("l2", most)
