@@ -36,5 +36,5 @@ WEIGHTS = Weights(label=0.8, batch_norm=0.05, first_bn_multiplier=1.0)
 
 
 def members(nets: Sequence[Net], weights: Weights = WEIGHTS) -> list[Member]:
-    """The networks with equal weights. One without BatchNorm adds its cross-entropy only."""
+    """Give all networks equal weights. One without BatchNorm adds its cross-entropy only."""
     return [Member(net, weights) for net in nets]

@@ -201,11 +201,14 @@ class Attack:
         return self.placement.mesh
 
     def shown(self, found: Array) -> Array:
-        """The images (B, H, W, C) a person looks at, in `space`: all that are optimised."""
+        """Pick the images (B, H, W, C) a person looks at, in `space`: all that are optimised."""
         return found
 
     def with_targets(self, targets: Array | Sequence[int]) -> Attack:
-        """The same program for other classes, as many as before; nothing is compiled again.
+        """Aim the same program at other classes, as many as before; nothing is compiled again.
+
+        Args:
+          targets: one class an image.
 
         Raises:
           ValueError: another number of classes, or one that a network does not know.
@@ -312,7 +315,7 @@ def _canvas(
 
 
 def _laid(placement: ensemble.Placement, batch: Array) -> Array:
-    """An array with one entry an image, on the devices."""
+    """Lay an array with one entry an image on the devices."""
     return parallel.put(placement.mesh, placement.batch, batch)
 
 
@@ -324,7 +327,7 @@ def _parts(
     dtype: jnp.dtype,
     execution: ensemble.Execution,
 ) -> list[ensemble.Part]:
-    """Every network's share of the objective; all of them take the images of every phase."""
+    """Make every network's share of the objective, and try it on the images of every phase."""
     shapes = list(dict.fromkeys(canvas.seen(phase) for phase in config.phases))
     classes = jax.ShapeDtypeStruct((canvas.images,), jnp.int32)
     reference = members[0].net.preprocessing.size
@@ -347,7 +350,7 @@ def _phase(
     extra_terms: ExtraTerms,
     evaluate: ensemble.Evaluate,
 ) -> optimise.Phase:
-    """One phase of the program."""
+    """Make one phase of the program."""
     tv_l2 = config.tv_l2 if phase.tv_l2 is None else phase.tv_l2
     weights = {"tv_l2": tv_l2, "tv_l1": config.tv_l1, "l2": config.l2}
     terms = image_terms(weights, extra_terms, [canvas.seen(phase)], _TAKEN)
@@ -383,7 +386,7 @@ def _terms(
     dtype: jnp.dtype,
     execution: ensemble.Execution,
 ) -> tuple[Callable[[Any, Array, Array], dict[str, Array]], dict[str, float]]:
-    """One network's terms, R_adi among them if it has a competitor, and their weights."""
+    """Make one network's terms, R_adi among them if it has a competitor, with their weights."""
     at_once = execution.images_at_once or 0
 
     def outputs(net: Net, variables: Any, images: Array) -> Outputs:
@@ -442,7 +445,18 @@ def _loss(
 
 
 def augment(key: Array, images: Array, downscale: int, jitter: int, flip: float) -> Array:
-    """What the networks see in a step: average-pooled, rolled, perhaps mirrored."""
+    """Pool, roll and perhaps mirror the images into what the networks see in a step.
+
+    Args:
+      key: of the roll and the mirroring.
+      images: (B, H, W, C).
+      downscale: factor of the average pooling.
+      jitter: largest roll in pixels along each axis.
+      flip: probability of mirroring the batch.
+
+    Returns:
+      (B, H / downscale, W / downscale, C).
+    """
     shift_key, flip_key = jax.random.split(key)
     images = image.downscale(images, downscale) if downscale > 1 else images
     images = image.jitter(shift_key, images, jitter) if jitter else images
@@ -520,7 +534,17 @@ def choose_targets(
     classes: int,
     key: Array,
 ) -> list[int]:
-    """Classes for `count` images: the authors', uniformly random, or given ones in turn."""
+    """Choose classes for `count` images: the authors', uniformly random, or given ones in turn.
+
+    Args:
+      labels: "hand-picked", "random", or a list.
+      count: how many images.
+      classes: how many classes the network has.
+      key: of the random ones.
+
+    Raises:
+      ValueError: no images, no labels, or hand-picked ones for a network not of ImageNet.
+    """
     if count < 1:
         raise ValueError(f"at least one image is needed, not {count}")
     if labels == "random":

@@ -124,18 +124,18 @@ class Config:
 
     @property
     def searches(self) -> bool:
-        """Whether the optimizer has a line search."""
+        """Say whether the optimizer has a line search."""
         return self.optimizer == schedules.LBFGS
 
     @property
     def grouped(self) -> bool:
-        """Whether candidates are pulled to a consensus."""
+        """Say whether candidates are pulled to a consensus."""
         return self.seeds > 1 and self.group > 0
 
     def without_gradient(self) -> Config:
-        """The BN-only ablation: one seed of the same attack, without the gradient.
+        """Make the BN-only ablation: one seed of the same attack, without the gradient.
 
-        L-BFGS, which needs the gradient's accuracy, becomes Adam.
+        L-BFGS becomes Adam with its default rate.
         """
         plain = Config()
         idle = ("distance", "layers", "group_from", "group_every")
@@ -199,7 +199,7 @@ class Execution:
                 raise ValueError(f"{name} must be at least 1, not {value}")
 
     def for_one_seed(self, images: int) -> Execution:
-        """The same for one seed, on as many of the devices as share its images evenly."""
+        """Adapt it to one seed, on as many of the devices as share its images evenly."""
         devices = None if self.devices is None else math.gcd(images, self.devices)
         return dataclasses.replace(self, devices=devices, seeds_at_once=None)
 
@@ -295,11 +295,11 @@ class Attack:
     circumstances: Circumstances
 
     def shown(self, found: Any) -> Array:
-        """The images (K, H, W, C) a person looks at, in `space`: the first candidate's."""
+        """Pick the images (K, H, W, C) a person looks at, in `space`: the first candidate's."""
         return _images(found)[0]
 
     def with_evidence(self, evidence: Evidence, labels: Labels) -> Attack:
-        """The same program for other evidence; nothing is compiled again.
+        """Aim the same program at other evidence; nothing is compiled again.
 
         Args:
           evidence: of the same network, come about in the same circumstances.
@@ -395,7 +395,7 @@ def build(
 
 
 def _data(config: Config, net: Net, evidence: Evidence, labels: Labels) -> Data:
-    """What the steps read, not yet on the devices."""
+    """Collect what the steps read, not yet on the devices."""
     moments: Any = ()
     if config.batch_norm and net.statistics and evidence.statistics != "none":
         moments = net.running_moments() if evidence.moments is None else evidence.moments
@@ -428,7 +428,7 @@ def _check(config: Config, evidence: Evidence, data: Data, execution: Execution)
 def _terms(
     config: Config, extra_terms: ExtraTerms, shape: tuple[int, ...]
 ) -> dict[str, tuple[float, ImageTerm]]:
-    """Image terms of one candidate's images (K, H, W, C) that weigh something."""
+    """Choose the terms of one candidate's images (K, H, W, C) that weigh something."""
     weights = {"tv_l2": config.tv_l2, "tv_l1": config.tv_l1, "l2": config.l2}
     images = jax.ShapeDtypeStruct(shape, jnp.float32)
     return image_terms(weights, extra_terms, [images], _TAKEN)
@@ -437,7 +437,7 @@ def _terms(
 def _initial(
     config: Config, shape: tuple[int, ...], mesh: Mesh, classes: int | None
 ) -> Callable[[Array], Any]:
-    """`key -> noise`, with labels of so many classes if there are to be optimised ones."""
+    """Make `key -> noise`, with labels of so many classes where they are optimised."""
     spread = PartitionSpec(SEEDS, IMAGES)
 
     def initial(key: Array) -> Any:
@@ -457,7 +457,7 @@ def _phase(
     shape: tuple[int, ...],
     register: registration.Register | None,
 ) -> optimise.Phase:
-    """The program."""
+    """Make the program."""
     rate = schedules.SCHEDULES[config.schedule].rate(
         config.lr, config.warmup, config.steps, config.lr_floor
     )
@@ -486,7 +486,7 @@ def _phase(
 
 
 def _remember(config: Config, register: registration.Register | None) -> optimise.Remember:
-    """Renews the consensus every so many steps."""
+    """Make what renews the consensus every so many steps."""
 
     def remember(step: Array, found: Any, consensus: Array) -> tuple[Array, Array]:
         renewed = (step >= config.group_from) & (
@@ -520,7 +520,7 @@ def _images(found: Any) -> Any:
 
 
 def _mesh(seeds: int, images: int, execution: Execution) -> Mesh:
-    """Seeds over as many devices as share them evenly, then images."""
+    """Spread seeds over as many devices as share them evenly, then images."""
     available = parallel.devices(execution.devices)
     together = execution.seeds_at_once or seeds
     if seeds % together:
@@ -538,7 +538,7 @@ def _mesh(seeds: int, images: int, execution: Execution) -> Mesh:
 
 
 def _consensus(images: Array, register: registration.Register | None) -> Array:
-    """Mean over candidates (G, K, H, W, C), each moved onto the plain mean first."""
+    """Average candidates (G, K, H, W, C), each moved onto the plain mean first."""
     mean = images.mean(0)
     if register is None:
         return mean

@@ -92,7 +92,7 @@ class Defence:
 
 
 def apply(defence: Defence, key: Array, evidence: Evidence) -> Evidence:
-    """The evidence of a client that defends itself.
+    """Defend a client's evidence.
 
     Only `values` change: what is known of BatchNorm moments stays known.
 
@@ -142,7 +142,7 @@ def _clipped(values: np.ndarray, most: float) -> np.ndarray:
 
 
 def _pruned(values: np.ndarray, share: float) -> np.ndarray:
-    """All but the largest magnitudes 0: round(share * size) of them stay, at least one."""
+    """Keep the round(share * size) largest magnitudes, at least one, and set the others to 0."""
     magnitudes = np.abs(values)
     count = max(1, round(share * values.size))
     least = np.partition(magnitudes, values.size - count)[values.size - count]
@@ -160,7 +160,7 @@ def _signs(layer: np.ndarray, sparse: bool) -> np.ndarray:
 def _rounded(
     layer: np.ndarray, up: np.ndarray | float = 0.5, *, bits: int, sparse: bool
 ) -> np.ndarray:
-    """To floor(position + up) among the layer's levels: the nearest, or of `up` uniform random."""
+    """Round to floor(position + up) among the layer's levels: the nearest for `up` = 0.5."""
     sent = layer[layer != 0] if sparse else layer
     if not sent.size or (low := sent.min()) == (high := sent.max()):
         return layer
@@ -170,7 +170,7 @@ def _rounded(
 
 
 def as_sent(defence: Defence, found: Parameters, wanted: Parameters) -> Parameters:
-    """An attacker's own gradient through a defence that it knows; compare this with `wanted`.
+    """Put an attacker's own gradient through a defence it knows, to compare it with `wanted`.
 
     Differentiable in `found`, and equal to `wanted` where the secret images are found, if there is
     no noise. Clipped like the victim's. Coordinates that were not sent are 0. A value that was
@@ -200,7 +200,7 @@ def as_sent(defence: Defence, found: Parameters, wanted: Parameters) -> Paramete
 
 
 def _interval(sent: Array, quantise: Literal["sign"] | int, sparse: bool) -> tuple[Array, Array]:
-    """Least and largest values that are quantised to what a layer sent."""
+    """Find the least and largest values that are quantised to what a layer sent."""
     if quantise == "sign":
         return jnp.where(sent < 0, -jnp.inf, 0), jnp.where(sent > 0, jnp.inf, 0)
     there = sent != 0 if sparse else jnp.ones_like(sent, bool)

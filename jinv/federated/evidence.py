@@ -122,14 +122,22 @@ class Secret:
 
 
 def loss(net: Net, variables: Variables, images: Array, labels: Array, training: bool) -> Array:
-    """Mean cross-entropy of normalised images (K, H, W, C) and label distributions (K, C)."""
+    """Compute the mean cross-entropy of a batch.
+
+    Args:
+      net: the network.
+      variables: its variables.
+      images: (K, H, W, C), normalised.
+      labels: (K, C) distributions.
+      training: BatchNorm layers normalise with the batch's moments.
+    """
     return loss_and_moments(net, variables, images, labels, training)[0]
 
 
 def loss_and_moments(
     net: Net, variables: Variables, images: Array, labels: Array, training: bool
 ) -> tuple[Array, tuple[Moments, ...]]:
-    """`loss`, and the moments that BatchNorm layers saw on the way."""
+    """Compute `loss`, and the moments that BatchNorm layers saw on the way; same arguments."""
     outputs = net.mode(training)(variables, images)
     return cross_entropy(outputs.logits, labels), outputs.moments
 
@@ -144,7 +152,7 @@ def observed(
     local: Local | None = None,
     at_once: int | None = None,
 ) -> dict[Any, Any]:
-    """What a client with these images sends, differentiable in images and labels.
+    """Compute what a client with these images sends, differentiable in images and labels.
 
     The gradient g = d loss / d parameters; with `local`, the sum of its SGD steps -lr g_t.
 
@@ -256,7 +264,7 @@ def moments_of_update(
     counts: Sequence[int],
     momentum: float = 0.1,
 ) -> tuple[Moments, ...]:
-    """The batch's moments from running statistics: (after - (1 - m) before) / m.
+    """Solve running statistics for the batch's moments: (after - (1 - m) before) / m.
 
     Args:
       before, after: running statistics of every BatchNorm layer in forward order.

@@ -61,7 +61,7 @@ class Head:
 
     @property
     def classes(self) -> int:
-        """C."""
+        """The number of classes, C."""
         return self.weight.shape[1]
 
     @property
@@ -83,7 +83,7 @@ class Head:
 
 
 def head_of(net: Net, evidence: Evidence, scaled: bool = False) -> Head:
-    """The last linear layer of a network with what the evidence says of it.
+    """Find the last linear layer of a network, with what the evidence says of it.
 
     A weight update of T local SGD steps counts as the mean of their gradients, -update / (lr T),
     at weights half-way between those before and after (as arXiv 2206.12395 interpolates).
@@ -242,14 +242,14 @@ def restore(head: Head, method: str = "identity") -> np.ndarray:
 
 
 def as_list(counts: np.ndarray) -> list[int]:
-    """Class of every image, in rising order."""
+    """List the class of every image, in rising order, from counts (C,)."""
     return np.repeat(np.arange(len(counts)), counts).tolist()
 
 
 def orders(
     classes: Sequence[int], batches: Sequence[Sequence[int]], most: int, seed: int = 0
 ) -> list[list[int]]:
-    """Ways to give restored classes to the images of local steps, at most so many of them.
+    """List ways to give restored classes to the images of local steps, at most so many of them.
 
     Counts do not say which image has which class. Without local steps that is no matter; with them
     it decides which classes share a batch. No two ways returned give all batches the same classes.
@@ -273,7 +273,7 @@ def orders(
 
 
 def scores(found: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """How right counts (C,) are.
+    """Score counts (C,) against the true ones.
 
     `accuracy`: share of the K labels that are right with their multiplicity. `precision` and
     `recall`: of the classes found. `exact`: 1 if every count is right.

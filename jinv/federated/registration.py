@@ -22,7 +22,7 @@ Register = Callable[[Array, Array], Array]
 
 
 def shift_between(image: Array, reference: Array, upsample: int = 10) -> Array:
-    """The (rows, columns) shift that moves an image (H, W, C) onto the reference.
+    """Find the (rows, columns) shift that moves an image (H, W, C) onto the reference.
 
     To 1 / upsample of a pixel; both are taken as periodic, and channels are averaged.
     """
@@ -58,7 +58,7 @@ def _upsampled(product: Array, region: int, upsample: int, start: Array) -> Arra
 
 
 def shifted(image: Array, shift: Array) -> Array:
-    """An image (H, W, C) moved by (rows, columns), periodic, exact for band-limited images."""
+    """Move an image (H, W, C) by (rows, columns), periodic, exact for band-limited images."""
     rows, columns = (jnp.fft.fftfreq(n) for n in image.shape[:2])
     turn = jnp.exp(-2j * jnp.pi * (rows[:, None] * shift[0] + columns * shift[1]))
     spectrum = jnp.fft.fft2(image, axes=(0, 1)) * turn[:, :, None]
@@ -66,7 +66,7 @@ def shifted(image: Array, shift: Array) -> Array:
 
 
 def to_reference(images: Array, reference: Array) -> Array:
-    """Each image (..., H, W, C) moved onto its reference of the same shape."""
+    """Move each image (..., H, W, C) onto its reference of the same shape."""
     shape = images.shape
 
     def one(image: Array, onto: Array) -> Array:
@@ -78,7 +78,7 @@ def to_reference(images: Array, reference: Array) -> Array:
 
 
 def on_host(move: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Register:
-    """A `Register` from a NumPy function of one image and its reference, both (H, W, C).
+    """Make a `Register` from a NumPy function of one image and its reference, both (H, W, C).
 
     The compiled program waits for the host, whose work is the same on every device.
     """
@@ -99,9 +99,12 @@ def on_host(move: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Register:
 
 
 def by_flow(image: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """An image (H, W, C) warped onto its reference along their TV-L1 optical flow.
+    """Warp an image (H, W, C) onto its reference along their TV-L1 optical flow.
 
     Zach et al. 2007, as scikit-image computes it, on the mean over channels.
+
+    Raises:
+      ImportError: scikit-image is not installed.
     """
     try:
         from skimage.registration import optical_flow_tvl1

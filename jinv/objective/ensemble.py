@@ -50,7 +50,7 @@ class Part:
     example: tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]
 
     def cost(self) -> float:
-        """Floating-point operations of one evaluation, by XLA's count."""
+        """Count the floating-point operations of one evaluation, as XLA does."""
         lowered = jax.jit(self.terms).lower(_shapes(self.variables), *self.example)
         return float((lowered.cost_analysis() or {}).get("flops", 1.0))
 
@@ -101,15 +101,20 @@ class Placement:
 
     @property
     def batch(self) -> PartitionSpec:
-        """How arrays with one entry an image lie."""
+        """Say how arrays with one entry an image lie."""
         return PartitionSpec(parallel.BATCH if self.kind == "data" else None)
 
 
 def place(parts: Sequence[Part], images: int, execution: Execution) -> Placement:
     """Choose, or check, where this many images and these networks go.
 
+    Args:
+      parts: the networks' shares.
+      images: the whole batch.
+      execution: devices asked for, and the kind of placement.
+
     Raises:
-      ValueError: what does not fit, and what would.
+      ValueError: these devices cannot share them; it says how many can.
     """
     devices = parallel.devices(execution.devices)
     count, kind = len(devices), execution.placement
@@ -142,7 +147,7 @@ def place(parts: Sequence[Part], images: int, execution: Execution) -> Placement
 
 
 def _balanced(costs: Sequence[float], count: int) -> tuple[tuple[int, ...], ...]:
-    """The dearest first, each to the device that has least to do so far."""
+    """Give the dearest network first to the device that has least to do, then the next dearest."""
     groups: list[list[int]] = [[] for _ in range(count)]
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
         min(groups, key=lambda group: sum(costs[j] for j in group)).append(i)
@@ -156,9 +161,14 @@ Evaluate = Callable[[Any, Array, Array], tuple[Array, Terms]]
 def build(
     parts: Sequence[Part], placement: Placement, execution: Execution
 ) -> tuple[Evaluate, Any]:
-    """The parts' weighted sum as a function of images, and the data that it reads.
+    """Make the parts' weighted sum as a function of images, and lay out the data that it reads.
 
     Terms are called "label[resnet50]" if there are several networks, else "label".
+
+    Args:
+      parts: every network's share.
+      placement: what `place` found for them.
+      execution: how many networks are computed at a time.
     """
     groups = [
         _Group([_named(parts[i], qualified=len(parts) > 1) for i in group])
@@ -228,7 +238,14 @@ class _Group:
     def gradient(
         self, variables: Any, images: Array, targets: Array, at_once: int | None
     ) -> tuple[Terms, Array]:
-        """Terms, and the gradient of their weighted sum, `at_once` networks at a time."""
+        """Compute the terms, and the gradient of their weighted sum.
+
+        Args:
+          variables: one tree a part.
+          images: (B, H, W, C).
+          targets: (B,) class indices.
+          at_once: how many networks at a time; all if None.
+        """
         values: Terms = {}
         gradient = jnp.zeros_like(images)
         turn = at_once or len(self.parts)
@@ -265,7 +282,7 @@ def _attach_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tupl
 def _on_devices(
     groups: Sequence[_Group], placement: Placement, at_once: int | None
 ) -> tuple[Evaluate, Any]:
-    """Each device takes its own branch of one program, on its own variables."""
+    """Let each device take its own branch of one program, on its own variables."""
     weights = {name: w for group in groups for name, w in group.weights.items()}
     names = list(weights)
     packed, unpack = zip(*(_pack(group.variables()) for group in groups), strict=True)
@@ -303,7 +320,7 @@ def _on_devices(
 
 
 def _pack(tree: Any) -> tuple[dict[str, np.ndarray], Callable[[Mapping[str, Array]], Any]]:
-    """A tree as one flat array a dtype, and the way back (from arrays that may be longer)."""
+    """Pack a tree into one flat array a dtype; also return the way back, from longer ones too."""
     leaves, structure = jax.tree.flatten(tree)
     leaves = [np.asarray(leaf) for leaf in leaves]
     flat: dict[str, list[np.ndarray]] = {}
@@ -321,7 +338,7 @@ def _pack(tree: Any) -> tuple[dict[str, np.ndarray], Callable[[Mapping[str, Arra
 
 
 def _rows(packed: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """One row a device, filled up with zeros to the longest."""
+    """Stack one row a device, each filled up with zeros to the longest."""
     rows = {}
     for kind in dict.fromkeys(kind for arrays in packed for kind in arrays):
         found = [arrays.get(kind, np.zeros(0, kind)) for arrays in packed]

@@ -114,7 +114,7 @@ _sum.defjvp(lambda values, tangents: (_sum(*values), jnp.sum(*tangents)))
 
 
 def forms(n: int, k: int, o: int) -> bool:
-    """Whether "auto" forms a gradient (k, o) of n rows: it is small, or cheaper than (n, n)."""
+    """Say whether "auto" forms a gradient (k, o) of n rows: it is small, or cheaper than (n, n)."""
     return k * o <= SMALL or n * (k + o) > k * o
 
 
@@ -137,9 +137,9 @@ def compare(
     form: Form = "auto",
     chosen: Sequence[bool] | None = None,
 ) -> tuple[list[Match | None], Any]:
-    """A `Match` for every leaf of the parameters, and the loss's other outputs.
+    """Compare every parameter's gradient with the given one, and return the loss's other outputs.
 
-    Both are differentiable in the inputs.
+    There is one `Match` for every leaf of the parameters; all are differentiable in the inputs.
 
     Args:
       loss: pure (parameters, inputs) -> (scalar, others), where weights meet what comes of the

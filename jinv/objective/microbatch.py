@@ -22,7 +22,9 @@ from jinv.net import Moments, Outputs, Variables
 def in_turns(
     apply: Callable[[Variables, Array], Outputs], at_once: int
 ) -> Callable[[Variables, Array], Outputs]:
-    """`apply`, `at_once` images at a time; differentiable once, in images only.
+    """Turn `apply` into one that takes `at_once` images at a time.
+
+    The result is differentiable once, in images only.
 
     mean = avg_b mean_b and var = avg_b [var_b + (mean_b - mean)^2] over parts b of equal size,
     hence d var = avg_b [d var_b + 2 (mean_b - mean) d mean_b].
@@ -62,7 +64,7 @@ def in_turns(
 
 
 def _combined(parts: Moments) -> Moments:
-    """Moments (count, C) of parts of equal size -> those of all."""
+    """Combine moments (count, C) of parts of equal size into those (C,) of all."""
     mean = parts.mean.mean(0)
     return Moments(mean, (parts.var + jnp.square(parts.mean - mean)).mean(0))
 
@@ -78,5 +80,5 @@ def _split(batch: Array, at_once: int) -> Array:
 
 
 def _joined(parts: Array) -> Array:
-    """Inverse of `_split`."""
+    """Undo `_split`."""
     return parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:])

@@ -35,7 +35,7 @@ def _absolute(x: Array) -> Array:
 
 
 def _neighbour_differences(images: Array) -> tuple[Array, ...]:
-    """Horizontal, vertical, and along both diagonals."""
+    """Subtract neighbours: horizontal, vertical, and along both diagonals."""
     return (
         images[:, :, :-1] - images[:, :, 1:],
         images[:, :-1] - images[:, 1:],
@@ -83,6 +83,9 @@ def batch_norm(
         "standardised": channel by channel in units of the running standard deviation (means)
         and variance, over sqrt(channels): every channel of every layer counts alike.
       eps: added to running variances that divide; some are exactly 0 in published networks.
+
+    Raises:
+      ValueError: different numbers of layers, or an unknown weighting.
     """
     if len(moments) != len(running):
         raise ValueError(f"{len(moments)} layers' moments against {len(running)} running ones")

@@ -77,13 +77,16 @@ def weigh(values: Mapping[str, Array], weights: Mapping[str, float]) -> Array:
 def label_loss(
     logits: Array, targets: Array, kind: LabelLoss = "cross_entropy", temperature: float = 1.0
 ) -> Array:
-    """Mean over the batch of H(softmax(logits / T), y), or of -logits[y].
+    """Average H(softmax(logits / T), y), or -logits[y], over the batch.
 
     Args:
       logits: (B, classes).
       targets: (B,) class indices.
       kind: "cross_entropy" or "target_logit".
       temperature: T, of the cross-entropy only.
+
+    Raises:
+      ValueError: no label loss has this name.
     """
     if kind == "cross_entropy":
         log_probability = jax.nn.log_softmax(logits / temperature)
@@ -94,7 +97,7 @@ def label_loss(
 
 
 def term_weights(member: Member) -> dict[str, float]:
-    """Weights of the terms that one network adds; a term of weight 0 is none."""
+    """Find the weights of the terms that one network adds; a term of weight 0 is none."""
     weights = {"label": member.weights.label}
     if member.net.statistics:
         weights["batch_norm"] = member.weights.batch_norm
@@ -109,7 +112,16 @@ def network_terms(
     kind: LabelLoss,
     temperature: float,
 ) -> dict[str, Array]:
-    """Raw values of the terms that one network adds."""
+    """Compute the raw values of the terms that one network adds.
+
+    Args:
+      member: the network with its weights.
+      outputs: what it makes of the images.
+      variables: the network's, whose running statistics count.
+      targets: (B,) class indices.
+      kind: of the label loss.
+      temperature: of the cross-entropy.
+    """
     terms, wanted = {}, term_weights(member)
     if "label" in wanted:
         terms["label"] = label_loss(outputs.logits, targets, kind, temperature)
@@ -129,7 +141,7 @@ def image_terms(
     shapes: Sequence[jax.ShapeDtypeStruct],
     taken: Container[str],
 ) -> dict[str, tuple[float, ImageTerm]]:
-    """`IMAGE_TERMS` and a user's own that weigh something, as name -> (weight, function).
+    """Join `IMAGE_TERMS` and a user's own, as name -> (weight, function); weight 0 is left out.
 
     Args:
       weights: of every one of `IMAGE_TERMS`.
