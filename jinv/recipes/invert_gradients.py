@@ -145,6 +145,8 @@ class Recipe:
     run: run_folder.Options = dataclasses.field(default_factory=run_folder.Options)
 
     def __post_init__(self) -> None:
+        checks.one_of("labels", self.labels, (*labels.METHODS, "joint", "known"))
+        checks.one_of("registration", self.registration, registration.REGISTRATIONS)
         if (self.client is None) == (self.evidence is None):
             raise ValueError("the config needs a client to simulate, or evidence of a real one")
         if self.originals and self.client is not None:
@@ -153,8 +155,6 @@ class Recipe:
             raise ValueError(
                 f"{len(self.original_classes)} classes for {len(self.originals)} originals"
             )
-        checks.one_of("labels", self.labels, (*labels.METHODS, "joint", "known"))
-        checks.one_of("registration", self.registration, registration.REGISTRATIONS)
         if self.trials < 1:
             raise ValueError(f"trials must be at least 1, not {self.trials}")
 
