@@ -216,7 +216,7 @@ def test_methods_say_what_they_need() -> None:
     head = Head(np.zeros((3, 4)), np.ones((3, 4)), 2)
     with pytest.raises(ValueError, match="this head has none"):
         labels.restore(head, "ilrg")
-    with pytest.raises(ValueError, match="there are: minimum, identity, ilrg, llg"):
+    with pytest.raises(ValueError, match="method is one of minimum, identity, ilrg, llg"):
         labels.restore(head, "guess")
 
 
