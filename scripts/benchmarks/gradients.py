@@ -267,7 +267,9 @@ def check_agreement(
             net = dataclasses.replace(net, variables=jax.tree.map(_double, net.variables))
         shared = (torch_net, given.sent, given.initial[0], given.labels, given.space)
         if peer == "breaching":
-            config = dataclasses.replace(config, tv_l2=0.0, l2=0.0, batch_norm=0.0)
+            config = dataclasses.replace(
+                config, tv_l2=0.0, l2=0.0, batch_norm=0.0, first_bn_multiplier=1.0
+            )
             side: Breaching | TorchMatching = Breaching(
                 case.recipe, *shared, steps=1, matching_alone=True
             )
