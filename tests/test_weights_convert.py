@@ -22,14 +22,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from jinv.recipes import convert_weights  # noqa: E402
 from weights_convert import WeightsError, from_flax, read, to_flax, write  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = importlib.util.spec_from_file_location("convert", ROOT / "scripts/convert_weights.py")
-assert SCRIPT is not None
-assert SCRIPT.loader is not None
-convert_weights = importlib.util.module_from_spec(SCRIPT)
-SCRIPT.loader.exec_module(convert_weights)
 FORMATS = pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 
 

@@ -137,7 +137,11 @@ def loss(net: Net, variables: Variables, images: Array, labels: Array, training:
 def loss_and_moments(
     net: Net, variables: Variables, images: Array, labels: Array, training: bool
 ) -> tuple[Array, tuple[Moments, ...]]:
-    """Compute `loss`, and the moments that BatchNorm layers saw on the way; same arguments."""
+    """Compute `loss`, and the moments that BatchNorm layers saw on the way.
+
+    Args:
+      net, variables, images, labels, training: see `loss`.
+    """
     outputs = net.mode(training)(variables, images)
     return cross_entropy(outputs.logits, labels), outputs.moments
 
@@ -165,6 +169,9 @@ def observed(
       local: see `Evidence`.
       at_once: differentiate so many images at a time, and again when the result is differentiated
         itself: the memory is that of so many. Not with `training` or `local`.
+
+    Raises:
+      ValueError: the images are no multiple of `at_once`.
     """
     before = parameters(net, variables)
 
@@ -195,7 +202,7 @@ def observed(
     return jax.tree.map(jnp.subtract, now, before)
 
 
-Client = Callable[[Array | np.ndarray, Sequence[int]], tuple[Evidence, Secret]]
+Simulator = Callable[[Array | np.ndarray, Sequence[int]], tuple[Evidence, Secret]]
 """(normalised images (K, H, W, C), their K classes) -> what it sends, and the secret behind it."""
 
 
@@ -205,7 +212,7 @@ def simulator(
     training: bool = False,
     statistics: Statistics = "none",
     local: Local | None = None,
-) -> Client:
+) -> Simulator:
     """Make a client that is compiled once for every shape of images.
 
     Args:

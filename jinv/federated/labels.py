@@ -159,6 +159,9 @@ def ilrg(head: Head) -> np.ndarray:
     p_c = softmax(W' e_c + b), and the counts solve sum_c n_c = K,
     sum_c n_c p_c[i] - n_i = K dL/db_i in the least-squares sense, n >= 0. e_c does not depend on
     a gradient's scale; where that is unknown, it and the counts are solved for in turn.
+
+    Raises:
+      ValueError: the head has no bias.
     """
     if head.bias_gradient is None or head.bias is None:
         raise ValueError("iLRG divides by the gradient of the head's bias: this head has none")

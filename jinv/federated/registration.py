@@ -110,7 +110,7 @@ def by_flow(image: np.ndarray, reference: np.ndarray) -> np.ndarray:
         from skimage.registration import optical_flow_tvl1
         from skimage.transform import warp
     except ImportError as error:
-        raise ImportError("optical flow needs scikit-image: pip install 'jinv[scripts]'") from error
+        raise ImportError("optical flow needs scikit-image: pip install scikit-image") from error
     gray = reference.mean(-1), image.mean(-1)
     low = min(g.min() for g in gray)
     span = max(float(max(g.max() for g in gray) - low), 1e-12)
@@ -130,11 +130,15 @@ REGISTRATIONS: dict[str, Register | None] = {
 """Ways of moving candidates onto their mean before the consensus is taken, by name."""
 
 
-def register_method(name: str, register: Register) -> None:
-    """Make a registration of your own one of `REGISTRATIONS`.
+def register(name: str, method: Register | None) -> None:
+    """Add a way to move candidates onto each other, for `registration: NAME` in a config.
+
+    Args:
+      name: what it is called.
+      method: moves images onto a reference; None moves nothing.
 
     Raises:
       ValueError: the name is taken.
     """
     checks.free("registration", name, REGISTRATIONS)
-    REGISTRATIONS[name] = register
+    REGISTRATIONS[name] = method

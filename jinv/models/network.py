@@ -20,7 +20,7 @@ class Network:
         makes a `jinv.Net`; it is looked for in the current folder too.
       name: in logs and reports, if not the model's: two networks of one architecture need two.
       weights: a .pth or .safetensors file, "package" for weights inside an installed package, a
-        folder that scripts/pretrain.py wrote, or "random". A network of your own comes with the
+        folder that `jinv pretrain` wrote, or "random". A network of your own comes with the
         weights that its function gives it, which "package" leaves as they are.
       classes: number of classes, if not the usual one.
     """

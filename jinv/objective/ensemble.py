@@ -175,7 +175,8 @@ def build(
         for group in placement.groups
     ]
     if placement.kind == "networks":
-        return _on_devices(groups, placement, execution.networks_at_once)
+        names = [name for part in parts for name in _named(part, len(parts) > 1).weights]
+        return _on_devices(groups, names, placement, execution.networks_at_once)
     (group,) = groups
     data = parallel.put(placement.mesh, PartitionSpec(), group.variables())
     if execution.networks_at_once is None or execution.networks_at_once >= len(parts):
@@ -280,11 +281,13 @@ def _attach_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tupl
 
 
 def _on_devices(
-    groups: Sequence[_Group], placement: Placement, at_once: int | None
+    groups: Sequence[_Group], names: Sequence[str], placement: Placement, at_once: int | None
 ) -> tuple[Evaluate, Any]:
-    """Let each device take its own branch of one program, on its own variables."""
+    """Let each device take its own branch of one program, on its own variables.
+
+    Terms come in the order of `names`, whichever device computes them.
+    """
     weights = {name: w for group in groups for name, w in group.weights.items()}
-    names = list(weights)
     packed, unpack = zip(*(_pack(group.variables()) for group in groups), strict=True)
 
     def branch(group: _Group, unpack: Callable) -> Callable:

@@ -1,11 +1,25 @@
-"""A recipe of deep features, and its run in a folder: one subfolder of features a split."""
+"""Extract the deep features of a data set: what shadow models are trained on.
+
+    jinv extract-features --config features_fashion_mnist --out out/features/fashion_mnist
+    jinv extract-features --config ... --out ... --batch 64
+    jinv extract-features --config ... --out ... --resume
+
+Every key of the config can be overridden on the command line (`--config F --help` lists them).
+A checkpoint is saved every ten seconds, and on Ctrl-C or SIGTERM; --resume goes on after the last
+finished batch, to the very same files. A finished run is replaced only with --overwrite.
+
+The output folder holds metrics.csv (mean norm of the features of every batch), the folders train
+and test and, last of all, summary.json. Shadow models are made of `train`, the validation set of
+`test`. Each of the two holds features.npy (float32), labels.npy, images.npy (bytes; not with
+--images-size 0) and features.json (network, classes, shape and sha256 of every file, and their
+fingerprint). `jinv.shadow.features.load(FOLDER/train)` reads one.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import signal
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,24 +28,26 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from jinv import data, parallel, training
+from jinv.checks import words
 from jinv.models.network import Network
-from jinv.recipes import pretrain
+from jinv.runs import command, hardware
 from jinv.runs import config as configs
-from jinv.runs import hardware, run_folder
 from jinv.runs.progress import Progress
+from jinv.runs.run_folder import FolderError, RunFolder
+from jinv.runs.signals import Signals
 from jinv.shadow import features
 
-SAVE_EVERY = 10.0
-"""Seconds between checkpoints."""
+CHECKPOINT_SECONDS = 10.0
+"""Time between checkpoints."""
 _SPLITS: tuple[data.Split, ...] = ("train", "test")
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class Config:
     """What a config file holds.
 
     Attributes:
-      network: whose features; its `weights` may be a folder that scripts/pretrain.py wrote.
+      network: whose features; its `weights` may be a folder that `jinv pretrain` wrote.
       data: its splits "train" and "test".
       size: side of the images of a folder of pictures or of tfds as they are read; None for the
         network's. Others have their own.
@@ -55,7 +71,33 @@ class Recipe:
             raise ValueError(f"batch must be at least 1, not {self.batch}")
         if self.images_size is not None and self.images_size < 0:
             raise ValueError(f"images_size must not be negative: {self.images_size}")
-        pretrain.check_size(self.size, self.data)
+        self.data.check_size(self.size)
+        words(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Summary(command.Summary):
+    """What summary.json holds; a step is a batch, without compilation and writing.
+
+    Attributes:
+      network: model, weights, classes, name: as in the config.
+      data: as in the config.
+      classes: names.
+      preprocessing: size, mean, std, pixel_range: what makes an image normalised.
+      features: length of a feature vector.
+      image: height, width and channels of the images that were kept; null if none were.
+      images: split -> number of images.
+      fingerprint: split -> sha256 of all that its folder holds.
+    """
+
+    network: dict[str, Any]
+    data: dict[str, Any]
+    classes: list[str]
+    preprocessing: dict[str, Any]
+    features: int
+    image: list[int] | None
+    images: dict[str, int]
+    fingerprint: dict[str, str]
 
 
 class _Split(NamedTuple):
@@ -75,149 +117,161 @@ class _Split(NamedTuple):
     cost: float = 1.0
 
 
-class Extraction:
-    """A recipe with its network and data read: everything that can be wrong has been found.
+class Extraction(command.Loaded):
+    """A config with its network and data read.
 
     Attributes:
       net: the network.
       splits: the images.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
-        self.net = recipe.network.load()
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.net = config.network.load()
         self.splits: list[_Split] = []
         self.steps = 0
-        size = recipe.size or self.net.preprocessing.size
+        size = config.size or self.net.preprocessing.size
         for name in _SPLITS:
             # Their classes may differ: people in one split are not in the other.
-            dataset = recipe.data.load(name, size)
+            dataset = config.data.load(name, size)
             features.check(self.net, dataset)
-            steps = -(-len(dataset) // recipe.batch)
+            steps = -(-len(dataset) // config.batch)
             self.splits.append(_Split(name, steps, dataset, self.steps))
             self.steps += steps
-        self.mesh = training.batch_mesh(recipe.batch)
+        self.mesh = training.batch_mesh(config.batch)
 
-    def run(self, run: run_folder.Session) -> dict[str, Any]:
-        """Extract and write the features; returns the summary (of the main process)."""
-        with (
-            run.checkpoints() as manager,
-            run_folder.Signals() as stopping,
-            Progress(self.splits) as bar,
-        ):
-            restored = run.restore(manager, lambda meta: self._state(0))
+    def run(self, folder: RunFolder) -> dict[str, Any]:
+        """Extract and write the features; return the summary (of the main process).
+
+        Raises:
+          Interrupted: SIGTERM or Ctrl-C came; a checkpoint was saved.
+        """
+        with folder.checkpoints() as manager, Signals() as stopping, Progress(self.splits) as bar:
+            restored = folder.restore(manager, lambda meta: self._state(0))
             done = 0 if restored is None else int(parallel.fetch(restored[1]["step"]))
 
             def save(step: int) -> None:
-                run.save(manager, step, self._state(step))
+                folder.save(manager, step, self._state(step))
+                manager.wait_until_finished()  # before a split's folder gets its final name
 
             def look(index: int, block: features.Block) -> None:
-                step = self.splits[index].first + block.start // self.recipe.batch
+                step = self.splits[index].first + block.start // self.config.batch
                 norm = float(np.linalg.norm(block.features, axis=1).mean())
-                run.metrics.add(step=step, norm=norm)
+                folder.metrics.add(step=step, norm=norm)
                 bar.update(index, step, {"norm": np.array([norm])})
 
             try:
                 for index, split in enumerate(self.splits):
-                    reached = self._split(run, index, done, look, save, stopping)
+                    reached = self._split(folder, index, done, look, save, stopping)
                     if reached < split.first + split.steps or (stopping() and reached < self.steps):
-                        raise run.stopped(stopping.number or signal.SIGTERM, reached, self.steps)
+                        number = stopping.number or signal.SIGTERM
+                        raise folder.stopped(number, reached, self.steps)
             finally:
-                run.save_logs()
+                folder.save_logs()
         summary: dict[str, Any] = {}
-        parallel.on_main(lambda: summary.update(self._finish(run)), run_folder.SessionError)
+        parallel.on_main(lambda: summary.update(self._write(folder)), FolderError)
         return summary
 
     def _split(
         self,
-        run: run_folder.Session,
+        folder: RunFolder,
         index: int,
         done: int,
         look: Callable[[int, features.Block], None],
         save: Callable[[int], None],
-        stopping: run_folder.Signals,
+        stopping: Signals,
     ) -> int:
-        """Go on with a split until it is finished or the run is stopped; returns the steps done."""
-        recipe, split = self.recipe, self.splits[index]
-        folder = run.folder / split.name
+        """Go on with a split until it is finished or the run is stopped; return the steps done."""
+        config, split = self.config, self.splits[index]
+        target = folder.path / split.name
         end = split.first + split.steps
-        if parallel.any_process((folder / features.INDEX).exists()):
+        if parallel.any_process((target / features.INDEX).exists()):
             return end
         step = max(done, split.first)
-        start = min((step - split.first) * recipe.batch, len(split.dataset))
+        start = min((step - split.first) * config.batch, len(split.dataset))
         writers: list[features.Writer] = []
         with contextlib.ExitStack() as stack:
 
             def begin() -> None:
-                writer = features.Writer(folder, len(split.dataset), start)
+                writer = features.Writer(target, len(split.dataset), start)
                 writers.append(stack.enter_context(writer))
 
             def checkpoint() -> None:
-                parallel.on_main(lambda: writers[0].flush(), run_folder.SessionError)
+                parallel.on_main(lambda: writers[0].flush(), FolderError)
                 save(step)
 
-            parallel.on_main(begin, run_folder.SessionError)
-            saved = time.monotonic()
+            parallel.on_main(begin, FolderError)
             for block in features.blocks(
                 self.net,
                 split.dataset,
-                batch=recipe.batch,
+                batch=config.batch,
                 mesh=self.mesh,
                 start=start,
-                images_size=recipe.images_size,
-                interpolation=recipe.interpolation,
-                dtype=recipe.dtype,
-                clock=run.clock,
+                images_size=config.images_size,
+                interpolation=config.interpolation,
+                dtype=config.dtype,
+                clock=folder.clock,
             ):
-                parallel.on_main(lambda: writers[0].add(block), run_folder.SessionError)  # noqa: B023
+                parallel.on_main(lambda: writers[0].add(block), FolderError)  # noqa: B023
                 look(index, block)
                 step += 1
                 if stopping():
                     break
-                if parallel.any_process(time.monotonic() - saved > SAVE_EVERY):
+                if folder.due(CHECKPOINT_SECONDS):
                     checkpoint()
-                    saved = time.monotonic()
             # Also of a whole split: a folder that is renamed has all its steps in a checkpoint.
             checkpoint()
             if step == end:
                 parallel.on_main(
-                    lambda: writers[0].finish(split.dataset.classes, self.net.name),
-                    run_folder.SessionError,
+                    lambda: writers[0].finish(split.dataset.classes, self.net.name), FolderError
                 )
         return step
 
     def _state(self, step: int) -> dict[str, Array]:
-        """What a checkpoint holds."""
+        """Return what a checkpoint holds."""
         return parallel.put(self.mesh, PartitionSpec(), {"step": np.int32(step)})
 
-    def _finish(self, run: run_folder.Session) -> dict[str, Any]:
-        """The summary, from what lies in the folders."""
-        recipe, machine = self.recipe, hardware.describe()
-        written = {split.name: features.load(run.folder / split.name) for split in self.splits}
+    def _write(self, folder: RunFolder) -> dict[str, Any]:
+        """Write the summary of what lies in the folders."""
+        config = self.config
+        written = {split.name: features.load(folder.path / split.name) for split in self.splits}
         images = written["train"].images
-        summary = {
-            "network": configs.plain(recipe.network),
-            "data": configs.plain(recipe.data),
-            "classes": list(written["train"].classes),
-            "preprocessing": configs.plain(self.net.preprocessing),
-            "device": f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}",
-            "features": written["train"].features.shape[1],
-            "image": None if images is None else list(images.shape[1:]),
-            "images": {name: len(found) for name, found in written.items()},
-            "fingerprint": {name: found.fingerprint for name, found in written.items()},
-            "seconds": round(run.seconds, 3),
-            "seconds_per_step": round(run.clock.stepping / max(run.clock.steps, 1), 6),
-            "compile_seconds": round(run.clock.compiling, 3),
-            "versions": {name: machine[name] for name in pretrain.VERSIONS},
-        }
-        run.finish(summary)
-        return summary
+        summary = Summary(
+            **command.shared(folder, hardware.of_mesh(self.mesh)),
+            network=configs.plain(config.network),
+            data=configs.plain(config.data),
+            classes=list(written["train"].classes),
+            preprocessing=configs.plain(self.net.preprocessing),
+            features=written["train"].features.shape[1],
+            image=None if images is None else list(images.shape[1:]),
+            images={name: len(found) for name, found in written.items()},
+            fingerprint={name: found.fingerprint for name, found in written.items()},
+        )
+        return command.finish(folder, summary)
 
 
-def prepare(recipe: Recipe) -> Extraction:
-    """The recipe with its network and data read, in every process or in none.
+def _say(summary: dict[str, Any]) -> str:
+    """Say what was extracted."""
+    return f"{sum(summary['images'].values())} x {summary['features']} features"
 
-    Raises:
-      ValueError: the mistake, in every process if one process has it.
-    """
-    return parallel.everywhere(lambda: Extraction(recipe))
+
+_FILES = ("features.json", "features.npy", "labels.npy", "images.npy")
+
+COMMAND = command.Command(
+    name="extract-features",
+    about=str(__doc__),
+    config=Config,
+    load=Extraction,
+    summary=Summary,
+    files=(
+        *(
+            f"{split}{cut}/{file}"
+            for split in _SPLITS
+            for cut in ("", ".partial")
+            for file in _FILES
+        ),
+        "metrics.csv",
+    ),
+    say=_say,
+    less="--batch with fewer images",
+)

@@ -1,31 +1,45 @@
-"""A recipe and its run: networks in, images, judges' verdicts and a report in a folder out."""
+"""Invert trained networks into images of given classes: DeepInversion, alone or in ensembles.
+
+    jinv invert --config demo --out out/demo
+    jinv invert --config deepinversion_resnet50 --out out/r50 \\
+        --networks.0.weights resnet50-0676ba61.pth --seed 1
+    jinv invert --config demo --out out/demo --resume
+
+Every key of the config can be overridden on the command line (`--config F --help` lists them).
+Ctrl-C or SIGTERM saves a checkpoint; --resume goes on to the very same images. A finished run is
+replaced only with --overwrite.
+
+The output folder holds images/NNN_classCCC_NAME.png, grid.png, curves.svg, report.html,
+metrics.csv, scores.csv, progress/*.png and, last of all, summary.json.
+"""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import hashlib
 import re
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jinv import data, image, optimise, parallel
+from jinv import data, image, parallel
 from jinv.attacks import begin, deepinversion
+from jinv.checks import words
 from jinv.files import write_atomic
 from jinv.models.network import Network
 from jinv.net import Net
 from jinv.objective import ensemble
 from jinv.objective.terms import Member, Weights
-from jinv.reports import curves, page
+from jinv.reports import curves, inversion, page
+from jinv.runs import attack_run, command, hardware, study
 from jinv.runs import config as configs
-from jinv.runs import hardware, run_folder
+from jinv.runs.run_folder import FolderError, RunFolder
 from jinv.scores import judging
 
 PRESETS = {**deepinversion.PRESETS, "begin": begin.CONFIG}
-VERSIONS = ("python", "jax", "jaxlib", "flax", "jinv")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +50,7 @@ class Inverted(Network):
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class Config:
     """What a config file holds.
 
     Attributes:
@@ -74,24 +88,75 @@ class Recipe:
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     attack: deepinversion.Config = dataclasses.field(default_factory=deepinversion.Config)
     execution: ensemble.Execution = dataclasses.field(default_factory=ensemble.Execution)
-    run: run_folder.Options = dataclasses.field(default_factory=run_folder.Options)
+    run: attack_run.Options = dataclasses.field(default_factory=attack_run.Options)
 
     def __post_init__(self) -> None:
+        words(self)
         if not self.networks:
             raise ValueError("the config names no network to invert")
         if self.images < 1 or self.trials < 1:
             raise ValueError(f"images ({self.images}) and trials ({self.trials}) must be positive")
 
 
-def recipe_from(tree: dict[str, Any]) -> Recipe:
-    """A config file's tree as a `Recipe`, its preset applied."""
-    return configs.build(Recipe, configs.with_preset(tree, PRESETS))
-
-
-class Inversion:
-    """A recipe with its networks loaded: everything that can be wrong with it has been found.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Summary(command.Summary):
+    """What a run's summary.json holds.
 
     Attributes:
+      model: names of the inverted networks, joined by "+".
+      placement: in words, what the devices share.
+      steps: steps done.
+      images: number of images.
+      targets: class of each image; empty if no network's label term has a weight.
+      loss: of the best images, in the last phase.
+      terms: raw value of every term of the objective at the last step.
+      top1: network -> fraction of the images it gives their target class.
+      confidence: network -> mean probability of the target class.
+      mean_probability: network -> mean probability of the classes it gives.
+      agreement: share of images for which two judges that had no say name the same class, over all
+        pairs of judges; null without a pair.
+      diversity: mean distance of two images of a class: "pixels" (root mean square, pixels in
+        [0, 1]), network -> cosine distance of its features; null without two such.
+      files: sha256 of every image file, by name.
+    """
+
+    model: str
+    placement: str
+    steps: int
+    images: int
+    targets: list[int]
+    loss: float
+    terms: dict[str, float]
+    top1: dict[str, float]
+    confidence: dict[str, float]
+    mean_probability: dict[str, float]
+    agreement: float | None
+    diversity: dict[str, float | None]
+    files: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StudySummary:
+    """What the summary.json of a study holds.
+
+    Attributes:
+      runs: folder -> that run's summary.
+      variants: name -> {inverted, trials, top1 (mean over trials), seconds}.
+      held_out: networks that were inverted in no run.
+      seconds: of all runs.
+    """
+
+    runs: dict[str, Any]
+    variants: dict[str, Any]
+    held_out: list[str]
+    seconds: float
+
+
+class Inversion(command.Loaded):
+    """A config with its networks loaded.
+
+    Attributes:
+      config: the config.
       labelled: whether classes were asked for; if not, the images come from statistics alone.
       targets: class of every image, empty if not `labelled`.
       nets: inverted networks and judges.
@@ -99,172 +164,164 @@ class Inversion:
       attack: what `optimise.run` takes.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
-        self.members = [Member(network.load(), network.terms) for network in recipe.networks]
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.members = [Member(network.load(), network.terms) for network in config.networks]
         first = self.members[0].net
-        self.nets = self._distinct_nets()
-        self.names = data.class_names(first.classes, recipe.class_names)
-        self.key, label_key, self.noise_key = jax.random.split(jax.random.key(recipe.seed), 3)
+        self.nets = _distinct([m.net for m in self.members], [n.load() for n in config.judges])
+        self.names = data.class_names(first.classes, config.class_names)
         self.labelled = any(member.weights.label for member in self.members)
-        self.targets = []
-        if self.labelled:
-            self.targets = deepinversion.choose_targets(
-                recipe.labels, recipe.images, first.classes, label_key
-            )
-            for net in self.nets:
-                if max(self.targets) >= net.classes:
-                    raise ValueError(
-                        f"{net.name} knows classes 0 to {net.classes - 1}; it cannot judge images "
-                        f"of class {max(self.targets)}"
-                    )
-        competitor = recipe.competitor.load() if recipe.competitor else None
-        self.held_out = [
-            net.name for net in self.nets[len(self.members) :] if net is not competitor
-        ]
-        space = {
-            "first": first.preprocessing,
-            "imagenet": image.Preprocessing(),
-            "pixels": judging.PIXELS_RGB,
-        }[recipe.space]
+        competitor = config.competitor.load() if config.competitor else None
+        self.roles = {net.name: " (inverted)" for net in self.nets[: len(self.members)]}
+        if competitor in self.nets:
+            self.roles.setdefault(competitor.name, " (competitor)")
+        self.held_out = [net.name for net in self.nets if net.name not in self.roles]
+        self._judges = {net.name: judging.make_judge(net) for net in self.nets}
+        self._draw()
         self.attack = deepinversion.build(
-            recipe.attack,
+            config.attack,
             self.members,
-            self.targets or [0] * recipe.images,
-            size=recipe.size,
-            space=space.gray() if recipe.gray else space,
+            self._classes,
+            size=config.size,
+            space=_space(config, first),
             competitor=competitor,
-            compute_dtype=recipe.compute_dtype,
-            execution=recipe.execution,
+            compute_dtype=config.compute_dtype,
+            execution=config.execution,
         )
 
-    def _distinct_nets(self) -> list[Net]:
-        """The inverted networks and the judges; a judge that is inverted too counts once."""
-        inverted = [member.net for member in self.members]
-        judges = [judge.load() for judge in self.recipe.judges]
-        nets = [*inverted, *(judge for judge in judges if judge not in inverted)]
-        names = [net.name for net in nets]
-        if len(set(names)) < len(names):
-            raise ValueError(f"two networks have one name; give them names: {', '.join(names)}")
-        return nets
+    def with_seed(self, seed: int) -> Self:
+        """Return the same with another seed: other noise, other random classes."""
+        other = copy.copy(self)
+        other.config = dataclasses.replace(self.config, seed=seed, trials=1)
+        other._draw()
+        other.attack = self.attack.with_targets(other._classes)
+        return other
 
-    def run(self, run: run_folder.Session) -> dict[str, Any]:
-        """Optimise and write the results; returns the summary (of the main process).
+    def _draw(self) -> None:
+        """Draw what the seed decides."""
+        config, first = self.config, self.members[0].net
+        self.key, label_key, self.noise_key = jax.random.split(jax.random.key(config.seed), 3)
+        self.targets: list[int] = []
+        if not self.labelled:
+            return
+        self.targets = deepinversion.choose_targets(
+            config.labels, config.images, first.classes, label_key
+        )
+        for net in self.nets:
+            if max(self.targets) >= net.classes:
+                raise ValueError(
+                    f"{net.name} knows classes 0 to {net.classes - 1}; it cannot judge images "
+                    f"of class {max(self.targets)}"
+                )
+
+    @property
+    def _classes(self) -> list[int]:
+        return self.targets or [0] * self.config.images
+
+    def run(self, folder: RunFolder) -> dict[str, Any]:
+        """Optimise and write the results; return the summary (of the main process).
 
         A loss that is not finite leaves the best images before it in the folder.
         """
         parallel.say(self.attack.placement.reason)
-        try:
-            state = run.run(
-                self.attack.phases,
-                self.key,
-                self.attack.initial(self.noise_key),
-                self.attack.data,
-                pictures=lambda images: page.png(image.grid(self.pixels(images))),
-                score=self.score if self.labelled else None,
-            )
-        except optimise.NonFiniteError:
-            if run.state is not None:
-                images = parallel.fetch(run.state.best_images)
-                if parallel.is_main():
-                    self.write_images(run.folder, self.pixels(images))
-            raise
+        watch = attack_run.Watch(
+            pictures=lambda images: page.png(image.grid(self.pixels(images))),
+            score=self.score if self.labelled else None,
+        )
+
+        def keep(images: np.ndarray) -> None:
+            self._write_images(folder, self.pixels(images))
+
+        state = attack_run.run(
+            self.attack,
+            self.key,
+            self.noise_key,
+            folder,
+            self.config.run,
+            watch,
+            keep=keep,
+        )
         pixels = self.pixels(parallel.fetch(state.best_images))
         loss = float(parallel.fetch(state.best_loss))
         summary: dict[str, Any] = {}
         parallel.on_main(
-            lambda: summary.update(self.write_results(run, pixels, loss)), run_folder.SessionError
+            lambda: summary.update(self._write_results(folder, pixels, loss)), FolderError
         )
         return summary
 
     def pixels(self, images: np.ndarray) -> np.ndarray:
-        """Images as bytes: what is saved, and what judges see."""
+        """Return images as bytes: what is saved, and what judges see."""
         return image.to_bytes(image.denormalise(jnp.asarray(images), self.attack.space))
 
     def predict(self, pixels: np.ndarray) -> dict[str, judging.Prediction]:
-        """What each network says."""
+        """Return what each network says of bytes (B, H, W, C)."""
         seen = pixels / np.float32(255)
-        return {net.name: judging.make_judge(net)(seen) for net in self.nets}
+        return {name: judge(seen) for name, judge in self._judges.items()}
 
     def score(self, images: np.ndarray) -> dict[str, float]:
-        """Each network's top-1."""
+        """Return each network's top-1."""
         predictions = self.predict(self.pixels(images))
         return {name: judging.top1(p, self.targets) for name, p in predictions.items()}
 
-    def write_images(self, out: Path, pixels: np.ndarray) -> dict[str, str]:
-        """One PNG an image, and the grid; returns the images' sha256 by file name."""
-        (out / "images").mkdir(exist_ok=True)
-        files = {}
-        for i, picture in enumerate(pixels):
-            file = f"images/{i:03d}.png"
-            if self.labelled:
-                target = self.targets[i]
-                slug = re.sub(r"[^a-z0-9]+", "-", self.names[target].lower()).strip("-")[:40]
-                file = f"images/{i:03d}_class{target:03d}_{slug}.png"
-            encoded = page.png(picture)
-            write_atomic(out / file, encoded)
-            files[file] = hashlib.sha256(encoded).hexdigest()
-        page.write_png(out / "grid.png", image.grid(pixels))
-        return files
+    def _write_images(self, folder: RunFolder, pixels: np.ndarray) -> dict[str, str]:
+        """Write one PNG an image, and the grid; return the images' sha256 by file name."""
+        page.write_png(folder.path / "grid.png", image.grid(pixels))
+        named = {self._file(i): picture for i, picture in enumerate(pixels)}
+        return page.write_pngs(folder.path, named)
 
-    def write_results(
-        self, run: run_folder.Session, pixels: np.ndarray, loss: float
-    ) -> dict[str, Any]:
-        """Images, grid, curves, report; the summary last."""
-        targets = self.targets
-        files = self.write_images(run.folder, pixels)
+    def _file(self, i: int) -> str:
+        if not self.labelled:
+            return f"images/{i:03d}.png"
+        target = self.targets[i]
+        slug = re.sub(r"[^a-z0-9]+", "-", self.names[target].lower()).strip("-")[:40]
+        return f"images/{i:03d}_class{target:03d}_{slug}.png"
+
+    def _write_results(self, folder: RunFolder, pixels: np.ndarray, loss: float) -> dict[str, Any]:
+        """Write images, grid, curves, report; the summary last."""
+        targets, log = self.targets, folder.metrics
+        files = self._write_images(folder, pixels)
         predictions = self.predict(pixels)
         top1 = {name: judging.top1(p, targets) for name, p in predictions.items() if targets}
         if targets:
-            run.scores.add(step=run.metrics.rows[-1]["step"] + 1, **top1)
-            run.scores.save()
-        terms = [name for name in run.metrics.columns() if name not in ("step", "phase")]
-        machine = hardware.describe()
-        devices = self.attack.placement.mesh.devices.flat
-        summary = {
-            "model": "+".join(member.net.name for member in self.members),
-            "device": f"{len(devices)} x {devices[0].device_kind}",
-            "placement": self.attack.placement.reason,
-            "steps": len(run.metrics.rows),
-            "images": len(pixels),
-            "targets": targets,
-            "seconds": round(run.seconds, 3),
-            "seconds_per_step": round(run.clock.stepping / max(run.clock.steps, 1), 6),
-            "compile_seconds": round(run.clock.compiling, 3),
-            "loss": loss,
-            "terms": {name: run.metrics.column(name)[-1] for name in terms if name != "loss"},
-            "top1": top1,
-            "confidence": {n: judging.confidence(p, targets) for n, p in predictions.items()}
-            if targets
-            else {},
-            "mean_probability": {n: float(p.probability.mean()) for n, p in predictions.items()},
-            "agreement": judging.agreement([predictions[name] for name in self.held_out]),
-            "diversity": self._diversity(pixels, predictions),
-            "files": files,
-            "versions": {name: machine[name] for name in VERSIONS},
-        }
-        svg = curves.plot(
-            {name: run.metrics.column(name) for name in terms},
-            [int(step) for step in run.metrics.column("step")],
-            boundaries=_boundaries(run.metrics),
+            folder.scores.add(step=log.rows[-1]["step"] + 1, **top1)
+            folder.scores.save()
+        terms = log.terms()
+        summary = Summary(
+            **command.shared(folder, hardware.of_mesh(self.attack.mesh)),
+            model="+".join(member.net.name for member in self.members),
+            placement=self.attack.placement.reason,
+            steps=len(log.rows),
+            images=len(pixels),
+            targets=targets,
+            loss=loss,
+            terms={name: values[-1] for name, values in terms.items() if name != "loss"},
+            top1=top1,
+            confidence={
+                name: judging.confidence(p, targets) for name, p in predictions.items() if targets
+            },
+            mean_probability={n: float(p.probability.mean()) for n, p in predictions.items()},
+            agreement=judging.agreement([predictions[name] for name in self.held_out]),
+            diversity=self._diversity(pixels, predictions),
+            files=files,
         )
-        write_atomic(run.folder / "curves.svg", svg)
+        svg = curves.plot(terms, log.steps(), boundaries=log.boundaries())
+        write_atomic(folder.path / "curves.svg", svg)
+        found = inversion.Found(pixels, targets, self.names, predictions, self.roles)
+        told = vars(summary)
         kept = any(member.net.statistics for member in self.members)
-        statistics = " and BatchNorm statistics" if kept else ""
-        page.write_html(
-            run.folder / "report.html",
-            f"What {summary['model']} {'have' if len(self.members) > 1 else 'has'} learned",
-            self._sections(summary, pixels, predictions, svg, machine),
-            lead=f"{len(pixels)} images, {summary['steps']} steps, from the weights{statistics} "
-            "alone: no data was read.",
+        body = inversion.run_page(told, found, svg, kept)
+        ending = page.ending(
+            told, hardware.describe(), configs.to_yaml(self.config), placement=summary.placement
         )
-        run.finish(summary)
-        return summary
+        dataclasses.replace(body, sections=[*body.sections, *ending]).write(
+            folder.path / "report.html"
+        )
+        return command.finish(folder, summary)
 
     def _diversity(
         self, pixels: np.ndarray, predictions: dict[str, judging.Prediction]
     ) -> dict[str, float | None]:
-        """Mean distance of two images of a class: of pixels, and of each network's features."""
+        """Return the mean distance of two images of a class: of pixels, of networks' features."""
         groups = self.targets or [0] * len(pixels)
         found = {"pixels": judging.diversity(judging.pixel_distances(pixels / 255), groups)}
         for name, prediction in predictions.items():
@@ -273,105 +330,90 @@ class Inversion:
                 found[name] = judging.diversity(distances, groups)
         return found
 
-    def _sections(
-        self,
-        summary: dict[str, Any],
-        pixels: np.ndarray,
-        predictions: dict[str, judging.Prediction],
-        svg: bytes,
-        machine: dict[str, str],
-    ) -> list[page.Section]:
-        timing = {
-            "seconds": f"{summary['seconds']:.1f}",
-            "seconds a step": f"{summary['seconds_per_step']:.4f}",
-            "seconds compiling": f"{summary['compile_seconds']:.1f}",
-            "placement": summary["placement"],
-        }
-        return [
-            page.Section(
-                "Images",
-                page.Pictures(
-                    [
-                        self._picture(i, pixels[i], file, predictions)
-                        for i, file in enumerate(summary["files"])
-                    ]
-                ),
-            ),
-            self._judges(summary),
-            self._variety(summary),
-            page.Section("Curves", page.Figure(svg, "Every term of the objective at every step")),
-            page.Section(
-                "Hardware and time",
-                page.Table(("", "value"), tuple((machine | timing).items())),
-            ),
-            page.Section("Config", page.Text(configs.to_yaml(self.recipe))),
-        ]
 
-    def _picture(
-        self, i: int, pixels: np.ndarray, file: str, predictions: dict[str, judging.Prediction]
-    ) -> page.Picture:
-        target = self.targets[i] if self.labelled else None
+def _distinct(inverted: list[Net], judges: list[Net]) -> list[Net]:
+    """Return the inverted networks and the judges; a judge that is inverted too counts once."""
+    nets = [*inverted, *(judge for judge in judges if judge not in inverted)]
+    names = [net.name for net in nets]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two networks have one name; give them names: {', '.join(names)}")
+    return nets
 
-        def verdict(name: str, prediction: judging.Prediction) -> page.Verdict:
-            index = int(prediction.index[i])
-            label = self.names[index] if index < len(self.names) else f"class {index}"
-            agrees = None if target is None else index == target
-            return page.Verdict(name, label, index, float(prediction.probability[i]), agrees)
 
-        verdicts = tuple(verdict(name, p) for name, p in predictions.items())
-        caption = f"image {i}" if target is None else self.names[target]
-        return page.Picture(pixels, caption, file, verdicts)
+def _space(config: Config, first: Net) -> image.Preprocessing:
+    """Return what the images are normalised for while they are optimised."""
+    space = {
+        "first": first.preprocessing,
+        "imagenet": image.Preprocessing(),
+        "pixels": image.pixels(3),
+    }[config.space]
+    return space.gray() if config.gray else space
 
-    def _judges(self, summary: dict[str, Any]) -> page.Section:
-        header = ["network", "mean probability of the class it gives"]
-        if self.labelled:
-            header += ["gives the target class", "probability of the target class"]
-        rows = []
-        for i, net in enumerate(self.nets):
-            name = net.name
-            if net.name not in self.held_out:
-                name += " (inverted)" if i < len(self.members) else " (competitor)"
-            rows.append([name, f"{summary['mean_probability'][net.name]:.2f}"])
-            if self.labelled:
-                rows[-1] += [
-                    f"{100 * summary['top1'][net.name]:.0f}%",
-                    f"{summary['confidence'][net.name]:.2f}",
-                ]
-        agreement = summary["agreement"]
-        intro = "Networks that had no say in the optimisation are the test."
-        if agreement is not None:
-            intro += f" Any two of them name the same class for {100 * agreement:.0f}% of images."
-        return page.Section("Judges", page.Table(header, rows), intro)
 
-    def _variety(self, summary: dict[str, Any]) -> page.Section:
-        found = summary["diversity"]
-        if found["pixels"] is None:
-            return page.Section("Diversity", page.Table(("every class has one image",), ()))
-        rows = [
-            (
-                "pixels (root mean square)" if name == "pixels" else f"features of {name} (cosine)",
-                f"{value:.3f}",
-            )
-            for name, value in found.items()
-        ]
-        of = "of one class" if self.labelled else "of the batch"
-        return page.Section(
-            "Diversity",
-            page.Table(("distance", "mean"), rows),
-            f"How far two images {of} are apart; 0 if they are all the same.",
+def compare(
+    chosen: Sequence[study.Run], summaries: Sequence[dict[str, Any]], whole: RunFolder
+) -> None:
+    """Write the page and the summary of a study."""
+    labels = {run.variant: [n.label for n in run.config.networks] for run in chosen}
+    variants = [
+        inversion.Variant(
+            study.title(name),
+            inverted,
+            [s for run, s in zip(chosen, summaries, strict=True) if run.variant == name],
         )
+        for name, inverted in labels.items()
+    ]
+    networks = list(dict.fromkeys(name for s in summaries for name in s["mean_probability"]))
+    rivals = {run.config.competitor.label for run in chosen if run.config.competitor}
+    held_out = [n for n in networks if n not in rivals.union(*labels.values())]
+    grids = {
+        run.title: (
+            (whole.path / run.folder / "grid.png").read_bytes(),
+            f"Inverted: {', '.join(labels[run.variant])}",
+        )
+        for run in chosen
+    }
+    told = {
+        "variants": {
+            v.title: {
+                "inverted": sorted(v.inverted),
+                "trials": len(v.summaries),
+                "top1": {
+                    n: float(np.mean([s["top1"][n] for s in v.summaries]))
+                    for n in networks
+                    if all(n in s["top1"] for s in v.summaries)
+                },
+                "seconds": sum(s["seconds"] for s in v.summaries),
+            }
+            for v in variants
+        },
+        "held_out": held_out,
+    }
+    body = inversion.study_page(variants, networks, held_out, grids)
+    study.finish(whole, chosen, summaries, body, told)
 
 
-def _boundaries(log: run_folder.Log) -> list[int]:
-    """Steps at which a new phase began."""
-    phases = [row["phase"] for row in log.rows]
-    return [log.rows[i]["step"] for i in range(1, len(phases)) if phases[i] != phases[i - 1]]
+def _say(summary: dict[str, Any]) -> str:
+    """Say what judges think of the images."""
+    return "\n".join(
+        f"{name} gives {100 * share:.0f}% of the images their class"
+        for name, share in summary["top1"].items()
+    )
 
 
-def prepare(recipe: Recipe) -> Inversion:
-    """The recipe with its networks loaded, in every process or in none.
-
-    Raises:
-      ValueError: the mistake, in every process if one process has it.
-    """
-    return parallel.everywhere(lambda: Inversion(recipe))
+COMMAND = command.Command(
+    name="invert",
+    about=str(__doc__),
+    config=Config,
+    load=Inversion,
+    summary=Summary,
+    files=(
+        *("images/", "progress/", "grid.png", "curves.svg", "report.html"),
+        *("metrics.csv", "scores.csv"),
+    ),
+    say=_say,
+    presets=PRESETS,
+    compare=compare,
+    study=StudySummary,
+    less="--execution.images-at-once, --execution.networks-at-once 1, fewer images",
+)

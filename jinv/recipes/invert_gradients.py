@@ -1,101 +1,59 @@
-"""A recipe and its run: what a client's gradient betrays of its images, in a folder.
+"""Invert a client's gradient or weight update into its images: GradInversion and its relatives.
 
-The attack sees the network and the evidence. The client's own images and labels are a `Secret`
-that scoring alone reads; `labels: known` is the one way to hand their classes to the attacker.
+    jinv invert-gradients --config gradients_small --out out/small
+    jinv invert-gradients --config gradients_mobilenet_v2 --out out/m2 --attack.steps 2000
+    jinv invert-gradients --config gradients_defences --out out/sweep
+
+A config names the network, and either a `client` to simulate (its images, mode, local steps and
+defence) or the `evidence` of a real one: FILE.safetensors, with the gradient under torch's names,
+and FILE.json (see `jinv.federated.evidence.save`). Every key can be overridden on the command line
+(`--config F --help` lists them). Ctrl-C or SIGTERM saves a checkpoint; --resume goes on to the
+very same images. A finished run is replaced only with --overwrite.
+
+The output folder holds images/NNN_reconstruction.png, grid.png (original, reconstruction, BN only,
+from top to bottom), curves.svg, report.html, metrics.csv, scores.csv (PSNR on the way),
+progress/*.png, bn_only/ (the same attack without the gradient, where BatchNorm statistics are
+known) and, last of all, summary.json. Variants called "NAME NUMBER" are points of a curve NAME.
 """
+
+# The attack sees the network and the evidence. The client's own images and labels are a `Secret`
+# that scoring alone reads; `labels: known` is the one way to hand their classes to the attacker.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import functools
-import hashlib
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jinv import checks, data, image, parallel
+from jinv import data, image, parallel, privacy
 from jinv.attacks import gradient_inversion
 from jinv.attacks.gradient_inversion import PRESETS, Candidates
-from jinv.data import Split
+from jinv.checks import one_of
+from jinv.federated import client as clients
 from jinv.federated import defences, evidence, labels, registration
+from jinv.federated.client import Client
 from jinv.federated.defences import Defence
-from jinv.federated.evidence import Evidence, Local, Secret
+from jinv.federated.evidence import Evidence, Secret
 from jinv.files import write_atomic
 from jinv.models.network import Network
-from jinv.recipes.invert import VERSIONS
-from jinv.reports import curves, page
+from jinv.reports import curves, gradients, page
+from jinv.runs import attack_run, command, hardware, study
 from jinv.runs import config as configs
-from jinv.runs import hardware, run_folder
-from jinv.scores import judging, lpips, similarity
+from jinv.runs.run_folder import FolderError, RunFolder
+from jinv.runs.signals import Interrupted
+from jinv.scores.reconstruction import SCORES, Scored, Scorer, perceptual
 
 ABLATION = "bn_only"
 """Folder of the run without the gradient."""
 
-HIGHER, LOWER = "higher is nearer", "lower is nearer"
-SCORES = {
-    "psnr": ("PSNR [dB]", HIGHER),
-    "ssim": ("SSIM", HIGHER),
-    "lpips": ("LPIPS", LOWER),
-    "fft_2d": ("FFT 2D", LOWER),
-    "iip": ("IIP", HIGHER),
-}
-
 
 @dataclasses.dataclass(frozen=True)
-class Client:
-    """A client that the run simulates.
-
-    Attributes:
-      data: where its images are from, if not `files`.
-      split: of the data.
-      files: pictures, cropped to the centre square.
-      classes: of the files; what the network says of them by default.
-      images: how many of the data, drawn at random.
-      distractors: how many other images of the data a reconstruction is compared with for IIP.
-      training: BatchNorm layers normalise with the batch's moments.
-      statistics: what it betrays of the moments at BatchNorm layers, see `Evidence`.
-      local_steps: 0 for a gradient; else so many SGD steps, over the images in order.
-      local_lr: their learning rate.
-      local_batch: images of each step; all by default.
-      defence: what it does to the gradient or update before it is sent.
-    """
-
-    data: data.Source = dataclasses.field(default_factory=data.Source)
-    split: Split = "test"
-    files: tuple[str, ...] = ()
-    classes: tuple[int, ...] = ()
-    images: int = 8
-    distractors: int = 1000
-    training: bool = False
-    statistics: evidence.Statistics = "running"
-    local_steps: int = 0
-    local_lr: float = 0.01
-    local_batch: int | None = None
-    defence: Defence = dataclasses.field(default_factory=Defence)
-
-    def __post_init__(self) -> None:
-        if self.images < 1 or self.distractors < 0 or self.local_steps < 0:
-            raise ValueError("images must be at least 1, distractors and local_steps at least 0")
-        if self.classes and len(self.classes) != len(self.files):
-            raise ValueError(f"{len(self.classes)} classes are given for {len(self.files)} files")
-        if self.local_batch is not None and self.local_batch < 1:
-            raise ValueError(f"local_batch must be at least 1, not {self.local_batch}")
-
-    def local(self, images: int) -> Local | None:
-        """Its local steps: batch after batch, from the front again after the last image."""
-        if not self.local_steps:
-            return None
-        size = min(self.local_batch or images, images)
-        order = np.arange(self.local_steps * size) % images
-        return Local(self.local_lr, tuple(map(tuple, order.reshape(-1, size).tolist())))
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
+class Config:
     """What a config file holds.
 
     Attributes:
@@ -142,11 +100,11 @@ class Recipe:
     execution: gradient_inversion.Execution = dataclasses.field(
         default_factory=gradient_inversion.Execution
     )
-    run: run_folder.Options = dataclasses.field(default_factory=run_folder.Options)
+    run: attack_run.Options = dataclasses.field(default_factory=attack_run.Options)
 
     def __post_init__(self) -> None:
-        checks.one_of("labels", self.labels, (*labels.METHODS, "joint", "known"))
-        checks.one_of("registration", self.registration, registration.REGISTRATIONS)
+        one_of("labels", self.labels, (*labels.METHODS, "joint", "known"))
+        one_of("registration", self.registration, registration.REGISTRATIONS)
         if (self.client is None) == (self.evidence is None):
             raise ValueError("the config needs a client to simulate, or evidence of a real one")
         if self.originals and self.client is not None:
@@ -159,55 +117,121 @@ class Recipe:
             raise ValueError(f"trials must be at least 1, not {self.trials}")
 
 
-def recipe_from(tree: dict[str, Any]) -> Recipe:
-    """A config file's tree as a `Recipe`, its preset applied."""
-    return configs.build(Recipe, configs.with_preset(tree, PRESETS))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Scored:
-    """Reconstructions beside their originals, in the originals' order."""
-
-    pixels: np.ndarray
-    scores: dict[str, list[float] | float | None]
-
-    def mean(self, name: str) -> float | None:
-        """Over the images; None if it is not available."""
-        value = self.scores[name]
-        return None if value is None else float(np.mean(value))
-
-
-class Leakage:
-    """A recipe with its network and evidence: everything that can be wrong has been found.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Summary(command.Summary):
+    """What a run's summary.json holds; times are without the run without the gradient.
 
     Attributes:
+      model: the network's name.
+      evidence: images, training (victim's mode), statistics (what is known of BatchNorm: none,
+        running, exact, update), local_steps, defence (in words), epsilon and delta of its noise
+        (client-level, one round); null where they do not apply.
+      steps: steps done.
+      seeds: candidates of the batch, at once.
+      loss: of the seed that is shown.
+      distance: of gradients, of the seed that is shown: the least of
+      distances: every seed's.
+      chosen_seed: which it is.
+      terms: raw value of every term of the objective at the last step.
+      labels: method, restored, and with a known truth: truth, accuracy (share of labels right with
+        multiplicity), precision, recall (of classes), exact (0 or 1).
+      label_methods: every method on the same evidence: the same keys, or not_available: reason.
+      scores: psnr [dB], ssim, lpips, fft_2d (means over images), iip (share of images that are
+        their reconstruction's nearest among all of the client's and the distractors); null where
+        nothing is known to score against.
+      bn_only: the same of the attack without the gradient; null without such.
+      per_image: the same before averaging, in the originals' order.
+      not_available: score -> why it is null.
+      files: sha256 of every image file, by name.
+    """
+
+    model: str
+    evidence: dict[str, Any]
+    steps: int
+    seeds: int
+    loss: float
+    distance: float
+    distances: list[float]
+    chosen_seed: int
+    terms: dict[str, float]
+    labels: dict[str, Any]
+    label_methods: dict[str, Any]
+    scores: dict[str, float | None] | None
+    bn_only: dict[str, float | None] | None
+    per_image: dict[str, Any] | None
+    not_available: dict[str, str]
+    files: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StudySummary:
+    """What the summary.json of a study holds.
+
+    Attributes:
+      runs: folder -> that run's summary.
+      variants: name -> {trials, psnr, ssim, iip, labels (accuracy): means over trials, epsilon}.
+      seconds: of all runs.
+    """
+
+    runs: dict[str, Any]
+    variants: dict[str, Any]
+    seconds: float
+
+
+class GradientInversion(command.Loaded):
+    """A config with its network and evidence.
+
+    Attributes:
+      config: the config.
       held: what the attacker has.
       secret: what scoring knows, None for a real client whose images are not given.
-      label_table: method -> (its counts, or why there are none).
+      label_table: method -> its counts, or why there are none.
       classes: of every image, as restored; None if they are optimised.
       attack: what `optimise.run` takes.
       ablation: the same without the gradient, None where nothing else ties images to the evidence.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
-        self.net = recipe.network.load()
-        self.names = data.class_names(self.net.classes, recipe.class_names)
-        keys = jax.random.split(jax.random.key(recipe.seed), 4)
-        self.key, self.noise_key, self.client_key, self.defence_key = keys
-        self.distractors: np.ndarray | None = None
-        self.held, self.secret = self._evidence()
-        self.label_table = self._restored()
-        self.classes = self._classes()
+    held: Evidence
+    secret: Secret | None
+    label_table: dict[str, np.ndarray | str]
+    classes: list[int] | None
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.net = config.network.load()
+        self._names = data.class_names(self.net.classes, config.class_names)
+        self._perceptual = perceptual(config.lpips_vgg16)
+        client = config.client
+        if client is not None:
+            self._send = evidence.simulator(
+                self.net,
+                training=client.training,
+                statistics=client.statistics,
+                local=client.local(),
+            )
+        self._draw()
         space = self.net.preprocessing
-        self.space = space.gray() if recipe.gray else space
-        self.attack = self._build(recipe.attack, self._ways(), recipe.execution)
+        self.space = space.gray() if config.gray else space
+        self.attack = self._build(config.attack, self._ways(), config.execution)
         self.ablation = None
-        if recipe.attack.gradient and self.attack.data.moments:
-            alone = recipe.attack.without_gradient()
-            known = self.classes or [0] * self.held.images  # without a gradient none matter
-            execution = recipe.execution.for_one_seed(self.held.images)
-            self.ablation = self._build(alone, known, execution)
+        if config.attack.gradient and self.attack.data.moments:
+            self.ablation = self._build(
+                config.attack.without_gradient(),
+                self._any_classes(),
+                config.execution.for_one_seed(self.held.images),
+            )
+
+    def with_seed(self, seed: int) -> Self:
+        """Return the same with another seed: other noise, another simulated client."""
+        if seed == self.config.seed:
+            return self
+        other = copy.copy(self)
+        other.config = dataclasses.replace(self.config, seed=seed, trials=1)
+        other._draw()
+        other.attack = self.attack.with_evidence(other.held, other._ways())
+        if self.ablation is not None:
+            other.ablation = self.ablation.with_evidence(other.held, other._any_classes())
+        return other
 
     def _build(
         self,
@@ -215,98 +239,73 @@ class Leakage:
         classes: Sequence[int] | Sequence[Sequence[int]] | None,
         execution: gradient_inversion.Execution,
     ) -> gradient_inversion.Attack:
-        recipe = self.recipe
         return gradient_inversion.build(
             config,
             self.net,
             self.held,
             classes,
-            size=recipe.size,
+            size=self.config.size,
             space=self.space,
-            register=registration.REGISTRATIONS[recipe.registration],
-            defence=self.known_defence,
+            register=registration.REGISTRATIONS[self.config.registration],
+            defence=self._known_defence,
             execution=execution,
         )
 
-    # --- the client: nothing below this line's methods but scoring reads the secret ---------------
+    # --- the client: below `_draw`, scoring alone reads the secret --------------------------------
 
-    def _evidence(self) -> tuple[Evidence, Secret | None]:
-        recipe, net = self.recipe, self.net
-        size = recipe.size or net.preprocessing.size
-        if recipe.evidence is not None:
-            held = evidence.load(recipe.evidence, net)
-            if not recipe.originals:
-                return held, None
-            return held, self._secret(data.image_files(recipe.originals, size), held.images)
-        client = recipe.client
-        assert client is not None
-        if client.files:
-            pixels, classes = data.image_files(client.files, size), client.classes
+    def _draw(self) -> None:
+        """Draw what the seed decides: keys, and a simulated client with its images."""
+        config, net = self.config, self.net
+        keys = jax.random.split(jax.random.key(config.seed), 4)
+        self.key, self.noise_key, client_key, defence_key = keys
+        size = config.size or net.preprocessing.size
+        self.names = self._names
+        distractors = None
+        if config.client is None:
+            assert config.evidence is not None
+            self.held = evidence.load(config.evidence, net)
+            self.secret = None
+            if config.originals:
+                self.secret = self._given(data.image_files(config.originals, size))
         else:
-            pixels, classes = self._drawn(client, size)
-        images = self._normalised(pixels)
-        chosen = list(classes) or net(images).logits.argmax(-1).tolist()
-        held, secret = evidence.simulate(
-            net,
-            images,
-            chosen,
-            training=client.training,
-            statistics=client.statistics,
-            local=client.local(len(pixels)),
-        )
-        return defences.apply(client.defence, self.defence_key, held), secret
+            drawn = clients.draw(config.client, net, size, client_key)
+            images = clients.normalised(drawn.pixels, net.preprocessing)
+            chosen = list(drawn.classes) or net(images).logits.argmax(-1).tolist()
+            held, self.secret = self._send(images, chosen)
+            self.held = defences.apply(config.client.defence, defence_key, held)
+            distractors = drawn.distractors
+            if drawn.names is not None and config.class_names is None:
+                self.names = drawn.names
+        self.scorer = None
+        if self.secret is not None:
+            self.scorer = Scorer(self._truth(self.secret), distractors, self._perceptual)
+        self.label_table = self._restored()
+        self.classes = self._classes()
 
-    def _secret(self, pixels: np.ndarray, images: int) -> Secret:
+    def _given(self, pixels: np.ndarray) -> Secret:
+        images, given = self.held.images, self.config.original_classes
         if len(pixels) != images:
             raise ValueError(f"the evidence is of {images} images; {len(pixels)} originals given")
-        classes = self.recipe.original_classes or (-1,) * images
-        return Secret(np.asarray(self._normalised(pixels)), np.asarray(classes))
+        normalised = clients.normalised(pixels, self.net.preprocessing)
+        return Secret(np.asarray(normalised), np.asarray(given or (-1,) * images))
 
-    def _drawn(self, client: Client, size: int) -> tuple[np.ndarray, tuple[int, ...]]:
-        everything = client.data.load(client.split, size)
-        if everything.has_attributes:
-            raise ValueError("labels are attributes: a client's images have classes")
-        wanted = client.images + client.distractors
-        if client.images > len(everything):
-            raise ValueError(f"{client.images} images wanted; the data has {len(everything)}")
-        order = np.asarray(jax.random.permutation(self.client_key, len(everything)))[:wanted]
-        drawn = everything.take(order)
-        if drawn.images.shape[1:3] != (size, size):
-            raise ValueError(
-                f"{self.net.name} takes images of {size} px, the data's are "
-                f"{drawn.images.shape[1]} px: set size: {drawn.images.shape[1]}"
-            )
-        if len(everything.classes) > self.net.classes:
-            raise ValueError(
-                f"{self.net.name} knows {self.net.classes} classes, the data has "
-                f"{len(everything.classes)}"
-            )
-        if self.recipe.class_names is None:
-            self.names = everything.classes
-        self.distractors = drawn.images[client.images :] / 255
-        labelled = tuple(map(int, drawn.labels[: client.images]))
-        return drawn.images[: client.images], labelled
-
-    def _normalised(self, pixels: np.ndarray) -> jax.Array:
-        """Bytes (K, H, W, 1 or 3) as the network wants them."""
-        wanted = self.net.preprocessing
-        values = jnp.asarray(pixels / np.float32(255))
-        if wanted.channels == 1:
-            values = values.mean(-1, keepdims=True)
-        own = judging.PIXELS_GRAY if values.shape[-1] == 1 else judging.PIXELS_RGB
-        return image.convert(values, own, wanted)
+    def _truth(self, secret: Secret) -> np.ndarray:
+        """Return the client's images as pixels in [0, 1], with as many channels as the attack's."""
+        images = image.denormalise(jnp.asarray(secret.images), self.net.preprocessing)
+        pixels = np.clip(np.asarray(images, np.float64), 0, 1)
+        return pixels.mean(-1, keepdims=True) if self.config.gray else pixels
 
     # --- the attacker -----------------------------------------------------------------------------
 
     @property
-    def known_defence(self) -> Defence:
+    def _known_defence(self) -> Defence:
         """What the attacker knows that the client did."""
-        recipe = self.recipe
-        return recipe.client.defence if recipe.client and recipe.knows_defence else Defence()
+        client = self.config.client
+        return client.defence if client and self.config.knows_defence else Defence()
 
     def _restored(self) -> dict[str, np.ndarray | str]:
-        """Counts by every method, or why it does not apply."""
-        clipped = self.known_defence.clip is not None
+        """Return every method's counts, or why it does not apply."""
+        clipped = self._known_defence.clip is not None
         try:
             head = labels.head_of(self.net, self.held, scaled=clipped)
         except ValueError as error:
@@ -320,7 +319,7 @@ class Leakage:
         return found
 
     def _classes(self) -> list[int] | None:
-        method = self.recipe.labels
+        method = self.config.labels
         if method == "joint":
             return None
         if method == "known":
@@ -332,118 +331,172 @@ class Leakage:
             raise ValueError(f"cannot restore labels by {method!r}: {counts}")
         return labels.as_list(counts)
 
+    def _any_classes(self) -> list[int]:
+        """Return classes for an attack without a gradient, to which none matter."""
+        return self.classes or [0] * self.held.images
+
     def _ways(self) -> list[int] | list[list[int]] | None:
-        """Classes for all seeds, or of every one where local steps make their order matter.
+        """Return classes for all seeds, or of every one where local steps make their order matter.
 
         Seeds with a consensus are images of the same classes.
         """
-        config, local = self.recipe.attack, self.held.local
+        config, local = self.config.attack, self.held.local
         if self.classes is None or local is None or (config.seeds > 1 and config.group):
             return self.classes
-        ways = labels.orders(self.classes, local.batches, config.seeds, self.recipe.seed)
+        ways = labels.orders(self.classes, local.batches, config.seeds, self.config.seed)
         return [ways[i % len(ways)] for i in range(config.seeds)]
 
-    def run(self, run: run_folder.Session) -> dict[str, Any]:
-        """Attack, score and write the results; returns the summary (of the main process)."""
-        ablated = None if self.ablation is None else self._ablated(run)
-        state = self._optimise(
-            run, self.attack, self._on_the_way if self.secret is not None else None
-        )
+    def run(self, folder: RunFolder) -> dict[str, Any]:
+        """Attack, score and write the results; return the summary (of the main process)."""
+        ablated = None if self.ablation is None else self._ablated(folder, self.ablation)
+        score = None if self.scorer is None else self._on_the_way
+        state = self._optimise(folder, self.attack, score)
         distances = parallel.fetch(self.attack.distances(state.best_images, self.attack.data))
         found, losses = parallel.fetch((state.best_images, state.best_loss))
         summary: dict[str, Any] = {}
         parallel.on_main(
-            lambda: summary.update(self._write(run, found, losses, distances, ablated)),
-            run_folder.SessionError,
+            lambda: summary.update(self._write(folder, found, losses, distances, ablated)),
+            FolderError,
         )
         return summary
 
     def _optimise(
-        self, run: run_folder.Session, attack: gradient_inversion.Attack, score: Any = None
+        self, folder: RunFolder, attack: gradient_inversion.Attack, score: Any = None
     ) -> Any:
-        return run.run(
-            attack.phases,
-            self.key,
-            attack.initial(self.noise_key),
-            attack.data,
-            pictures=lambda found: page.png(image.grid(self.pixels(_images(found)[0]))),
-            score=score,
-        )
+        def pictures(found: Any) -> bytes:
+            return page.png(image.grid(image.to_bytes(self.values(attack.shown(found)))))
 
-    def _ablated(self, run: run_folder.Session) -> np.ndarray:
-        """Images without the gradient, from a run of its own in a folder below."""
-        assert self.ablation is not None
-        own = run.part(ABLATION)
+        watch = attack_run.Watch(pictures, score)
+        return attack_run.run(attack, self.key, self.noise_key, folder, self.config.run, watch)
+
+    def _ablated(self, folder: RunFolder, ablation: gradient_inversion.Attack) -> np.ndarray:
+        """Return pixels of an attack without the gradient, from a run in a folder below."""
+        own = folder.part(ABLATION)
         if not own.finished:
             parallel.say("without the gradient, from BatchNorm statistics alone:")
-            state = self._optimise(own, self.ablation)
-            images = parallel.fetch(_images(state.best_images))[0]
+            state = self._optimise(own, ablation)
+            images = ablation.shown(parallel.fetch(state.best_images))
 
             def keep() -> None:
-                self._write_pictures(own.folder, self.pixels(images), "image")
+                pixels = image.to_bytes(self.values(images))
+                page.write_pngs(own.path, _named(pixels, "image"))
                 own.finish({"seconds": own.seconds, "steps": len(own.metrics.rows)})
 
-            parallel.on_main(keep, run_folder.SessionError)
+            parallel.on_main(keep, FolderError)
             if own.interrupted:
-                raise run_folder.Interrupted(
-                    f"{run.folder}: stopped after {ABLATION}; go on with --resume", own.interrupted
+                raise Interrupted(
+                    f"{folder.path}: stopped after {ABLATION}; go on with --resume",
+                    own.interrupted,
                 )
-        files = sorted((own.folder / "images").glob("*.png"))
+        files = sorted((own.path / "images").glob("*.png"))
         return np.stack([page.read_png(file) for file in files])
 
-    def values(self, images: np.ndarray) -> np.ndarray:
-        """Images (K, H, W, C) as pixels in [0, 1], not rounded, as they are scored."""
+    def values(self, images: Any) -> np.ndarray:
+        """Return images (K, H, W, C) as pixels in [0, 1], not rounded, as they are scored."""
         return np.clip(np.asarray(image.denormalise(jnp.asarray(images), self.space)), 0, 1)
 
-    def pixels(self, images: np.ndarray) -> np.ndarray:
-        """The same as the bytes that are saved."""
-        return image.to_bytes(self.values(images))
-
-    # --- scoring ----------------------------------------------------------------------------------
-
-    @functools.cached_property
-    def truth(self) -> np.ndarray:
-        """The client's images as pixels in [0, 1], with as many channels as the attack's."""
-        assert self.secret is not None
-        images = image.denormalise(jnp.asarray(self.secret.images), self.net.preprocessing)
-        pixels = np.clip(np.asarray(images, np.float64), 0, 1)
-        return pixels.mean(-1, keepdims=True) if self.recipe.gray else pixels
-
-    @functools.cached_property
-    def _lpips(self) -> lpips.Distance | str:
-        """How to measure, or why that cannot be."""
-        try:
-            return lpips.load(self.recipe.lpips_vgg16)
-        except FileNotFoundError as error:
-            return str(error)
-
     def _on_the_way(self, found: Any) -> dict[str, float]:
-        """Mean PSNR of the first seed."""
-        pixels = self.values(_images(found)[0])
-        order = similarity.match(pixels, self.truth)
-        return {"psnr": float(similarity.psnr(pixels[order], self.truth).mean())}
+        """Return the mean PSNR of the first seed."""
+        assert self.scorer is not None
+        return {"psnr": self.scorer.psnr(self.values(self.attack.shown(found)))}
 
-    def _scored(self, values: np.ndarray) -> _Scored:
-        """Pixels in [0, 1], (K, H, W, C), matched to the originals and scored."""
-        values = values[similarity.match(values, self.truth)]
-        candidates = self.truth
-        if self.distractors is not None and len(self.distractors):
-            others = self.distractors
-            if others.shape[-1] != self.truth.shape[-1]:
-                others = np.repeat(others, self.truth.shape[-1], -1)
-            candidates = np.concatenate([self.truth, others])
-        measure = self._lpips
-        scores: dict[str, list[float] | float | None] = {
-            "psnr": _floats(similarity.psnr(values, self.truth)),
-            "ssim": _floats(similarity.ssim(values, self.truth)),
-            "lpips": None if isinstance(measure, str) else _floats(measure(values, self.truth)),
-            "fft_2d": _floats(similarity.fft_2d(values, self.truth)),
-            "iip": similarity.identifiable(values, candidates) if len(candidates) > 1 else None,
+    # --- results ----------------------------------------------------------------------------------
+
+    def _write(
+        self,
+        folder: RunFolder,
+        found: Any,
+        losses: np.ndarray,
+        distances: np.ndarray,
+        ablated: np.ndarray | None,
+    ) -> dict[str, Any]:
+        chosen = int(np.nanargmin(distances if self.config.attack.gradient else losses))
+        images = found.images if isinstance(found, Candidates) else found
+        values = self.values(images[chosen])
+        scored = Scored(values, dict.fromkeys(SCORES)) if not self.scorer else self.scorer(values)
+        bare = None
+        if self.scorer and ablated is not None:
+            bare = self.scorer(ablated / 255)
+        rows = self._rows(scored, bare, ablated)
+        page.write_png(folder.path / "grid.png", image.rows(list(rows.values())))
+        files = page.write_pngs(folder.path, _named(rows["reconstruction"], "reconstruction"))
+        known, log = self.scorer is not None, folder.metrics
+        terms = log.terms()
+        summary = Summary(
+            **command.shared(folder, hardware.of_mesh(self.attack.mesh)),
+            model=self.net.name,
+            evidence=self._circumstances(),
+            steps=len(log.rows),
+            seeds=self.config.attack.seeds,
+            loss=float(losses[chosen]),
+            distance=float(distances[chosen]),
+            distances=[float(d) for d in distances],
+            chosen_seed=chosen,
+            terms={name: series[-1] for name, series in terms.items() if name != "loss"},
+            labels=self._used_labels(found, chosen),
+            label_methods=self._label_scores(),
+            scores=scored.means() if known else None,
+            bn_only=None if bare is None else bare.means(),
+            per_image=scored.scores if known else None,
+            not_available={} if self.scorer is None else self.scorer.missing(scored),
+            files=files,
+        )
+        svg = curves.plot(terms, log.steps())
+        write_atomic(folder.path / "curves.svg", svg)
+        told = vars(summary)
+        body = gradients.run_page(told, rows, svg, self.names)
+        ending = page.ending(
+            told, hardware.describe(), configs.to_yaml(self.config), devices=summary.device
+        )
+        dataclasses.replace(body, sections=[*body.sections, *ending]).write(
+            folder.path / "report.html"
+        )
+        return command.finish(folder, summary)
+
+    def _rows(
+        self, scored: Scored, bare: Scored | None, ablated: np.ndarray | None
+    ) -> dict[str, np.ndarray]:
+        """Return the rows of the sheet as bytes: original, reconstruction, BN only."""
+        rows = {}
+        if self.scorer is not None:
+            rows["original"] = image.to_bytes(self.scorer.truth)
+        rows["reconstruction"] = image.to_bytes(scored.values)
+        if ablated is not None:
+            rows["BN only"] = ablated if bare is None else image.to_bytes(bare.values)
+        return rows
+
+    def _circumstances(self) -> dict[str, Any]:
+        held, client = self.held, self.config.client
+        told: dict[str, Any] = {
+            "images": held.images,
+            "training": held.training,
+            "statistics": held.statistics,
+            "local_steps": len(held.local.batches) if held.local else 0,
+            "defence": None,
+            "epsilon": None,
+            "delta": None,
         }
-        return _Scored(image.to_bytes(values), scores)
+        if client is not None:
+            told["defence"] = client.defence.describe()
+            noise = client.defence.noise_multiplier
+            if noise:
+                told["epsilon"] = privacy.epsilon(noise, self.config.delta)
+                told["delta"] = self.config.delta
+        return told
+
+    def _used_labels(self, found: Any, chosen: int) -> dict[str, Any]:
+        classes = self.classes
+        if isinstance(found, Candidates):
+            classes = sorted(found.labels[chosen].argmax(-1).tolist())
+        assert classes is not None
+        used: dict[str, Any] = {"method": self.config.labels, "restored": classes}
+        if self.secret is not None and self.secret.labels.min() >= 0:
+            used["truth"] = sorted(self.secret.labels.tolist())
+            used |= self._right(np.bincount(classes, minlength=self.net.classes))
+        return used
 
     def _label_scores(self) -> dict[str, dict[str, Any]]:
-        """Every method's counts against the truth, as far as both exist."""
+        """Return every method's counts against the truth, as far as both exist."""
         found: dict[str, dict[str, Any]] = {}
         for method, counts in self.label_table.items():
             if isinstance(counts, str):
@@ -458,280 +511,45 @@ class Leakage:
         assert self.secret is not None
         return labels.scores(counts, np.bincount(self.secret.labels, minlength=self.net.classes))
 
-    # --- results ----------------------------------------------------------------------------------
 
-    def _write_pictures(self, folder: Path, pixels: np.ndarray, name: str) -> dict[str, str]:
-        """One PNG an image; returns sha256 by file name."""
-        (folder / "images").mkdir(parents=True, exist_ok=True)
-        files = {}
-        for i, picture in enumerate(pixels):
-            file = f"images/{i:03d}_{name}.png"
-            encoded = page.png(picture)
-            write_atomic(folder / file, encoded)
-            files[file] = hashlib.sha256(encoded).hexdigest()
-        return files
-
-    def _write(
-        self,
-        run: run_folder.Session,
-        found: Any,
-        losses: np.ndarray,
-        distances: np.ndarray,
-        ablated: np.ndarray | None,
-    ) -> dict[str, Any]:
-        chosen = int(np.nanargmin(distances if self.recipe.attack.gradient else losses))
-        values = self.values(_images(found)[chosen])
-        known = self.secret is not None
-        unknown = _Scored(image.to_bytes(values), dict.fromkeys(SCORES))
-        scored = self._scored(values) if known else unknown
-        bare = self._scored(ablated / 255) if known and ablated is not None else None
-        rows = {}
-        if known:
-            rows["original"] = image.to_bytes(self.truth)
-        rows["reconstruction"] = scored.pixels
-        if ablated is not None:
-            rows["BN only"] = ablated if bare is None else bare.pixels
-        files = self._write_pictures(run.folder, scored.pixels, "reconstruction")
-        page.write_png(run.folder / "grid.png", image.rows(list(rows.values())))
-        machine = hardware.describe()
-        svg = _curves(run)
-        write_atomic(run.folder / "curves.svg", svg)
-        summary = self._summary(run, losses, distances, chosen, scored, bare)
-        summary["labels"] = self._used_labels(found, chosen)
-        summary |= {"files": files, "versions": {name: machine[name] for name in VERSIONS}}
-        page.write_html(
-            run.folder / "report.html",
-            f"What a gradient of {self.net.name} betrays",
-            self._sections(summary, rows, svg, machine, run),
-            lead=self._lead(),
-        )
-        run.finish(summary)
-        return summary
-
-    def _summary(
-        self,
-        run: run_folder.Session,
-        losses: np.ndarray,
-        distances: np.ndarray,
-        chosen: int,
-        scored: _Scored,
-        bare: _Scored | None,
-    ) -> dict[str, Any]:
-        devices = self.attack.mesh.devices.flatten()
-        terms = [n for n in run.metrics.columns() if n not in ("step", "phase", "loss")]
-        return {
-            "model": self.net.name,
-            "device": f"{len(devices)} x {devices[0].device_kind}",
-            "evidence": self._circumstances(),
-            "steps": len(run.metrics.rows),
-            "seeds": self.recipe.attack.seeds,
-            "seconds": round(run.seconds, 3),
-            "seconds_per_step": round(run.clock.stepping / max(run.clock.steps, 1), 6),
-            "compile_seconds": round(run.clock.compiling, 3),
-            "loss": float(losses[chosen]),
-            "distance": float(distances[chosen]),
-            "distances": _floats(distances),
-            "chosen_seed": chosen,
-            "terms": {name: run.metrics.column(name)[-1] for name in terms},
-            "scores": _means(scored) if self.secret is not None else None,
-            "bn_only": None if bare is None else _means(bare),
-            "per_image": scored.scores if self.secret is not None else None,
-            "not_available": self._not_available(scored) if self.secret is not None else {},
-            "label_methods": self._label_scores(),
-        }
-
-    def _not_available(self, scored: _Scored) -> dict[str, str]:
-        """Score -> why there is none."""
-        found = {}
-        if isinstance(self._lpips, str):
-            found["lpips"] = self._lpips
-        if scored.scores["iip"] is None:
-            found["iip"] = "one image, and no others to tell it from"
-        return found
-
-    def _circumstances(self) -> dict[str, Any]:
-        held, client = self.held, self.recipe.client
-        told: dict[str, Any] = {
-            "images": held.images,
-            "training": held.training,
-            "statistics": held.statistics,
-            "local_steps": len(held.local.batches) if held.local else 0,
-            "defence": None,
-            "epsilon": None,
-            "delta": None,
-        }
-        if client is not None:
-            told["defence"] = client.defence.describe()
-            noise = client.defence.noise_multiplier
-            if noise:
-                told["epsilon"] = privacy.epsilon(noise, self.recipe.delta)
-                told["delta"] = self.recipe.delta
-        return told
-
-    def _used_labels(self, found: Any, chosen: int) -> dict[str, Any]:
-        classes = self.classes
-        if isinstance(found, Candidates):
-            classes = sorted(found.labels[chosen].argmax(-1).tolist())
-        assert classes is not None
-        used: dict[str, Any] = {"method": self.recipe.labels, "restored": classes}
-        if self.secret is not None and self.secret.labels.min() >= 0:
-            used["truth"] = sorted(self.secret.labels.tolist())
-            used |= self._right(np.bincount(classes, minlength=self.net.classes))
-        return used
-
-    def _lead(self) -> str:
-        held = self.held
-        what = (
-            f"a weight update of {len(held.local.batches)} local steps"
-            if held.local
-            else "gradient"
-        )
-        mode = "training" if held.training else "evaluation"
-        plural = "s" if held.images > 1 else ""
-        return (
-            f"{held.images} image{plural} out of the {what} of a client in {mode} mode. "
-            f"{_KNOWN[held.statistics]} Labels: {self.recipe.labels}."
-        )
-
-    def _sections(
-        self,
-        summary: dict[str, Any],
-        rows: Mapping[str, np.ndarray],
-        svg: bytes,
-        machine: Mapping[str, str],
-        run: run_folder.Session,
-    ) -> list[page.Section]:
-        size = max(1, 112 // next(iter(rows.values())).shape[1])
-        sheet = page.png(image.rows(list(rows.values()), size))
-        sections = [
-            page.Section(
-                "Images",
-                page.Figure(sheet, f"Rows: {', '.join(rows)}"),
-                f"From top to bottom: {', '.join(rows)}; one column an image.",
-            )
-        ]
-        if summary["scores"] is not None:
-            sections += self._score_sections(summary)
-        sections.append(self._label_section(summary))
-        if self.recipe.attack.seeds > 1:
-            sections.append(
-                page.Section(
-                    "Seeds",
-                    page.Table(
-                        ("seed", "distance of gradients"),
-                        [(str(i), d) for i, d in enumerate(summary["distances"])],
-                    ),
-                    f"Seed {summary['chosen_seed']} comes nearest and is shown.",
-                )
-            )
-        timing = {
-            "seconds": f"{run.seconds:.1f}",
-            "seconds a step": f"{summary['seconds_per_step']:.4f}",
-            "seconds compiling": f"{summary['compile_seconds']:.1f}",
-            "devices": summary["device"],
-        }
-        told = {k: "" if v is None else str(v) for k, v in summary["evidence"].items()}
-        return [
-            *sections,
-            page.Section(
-                "Evidence", page.Table(("", "value"), tuple(told.items())), self._privacy(summary)
-            ),
-            page.Section("Curves", page.Figure(svg, "Every term at every step")),
-            page.Section(
-                "Hardware and time",
-                page.Table(("", "value"), tuple((dict(machine) | timing).items())),
-            ),
-            page.Section("Config", page.Text(configs.to_yaml(self.recipe))),
-        ]
-
-    def _score_sections(self, summary: dict[str, Any]) -> list[page.Section]:
-        header = ["", *(title for title, _ in SCORES.values())]
-        lines = [["reconstruction", *_cells(summary["scores"])]]
-        intro = "Means over the images, each matched to an original by linear assignment."
-        if summary["bn_only"] is not None:
-            lines.append(["BatchNorm statistics alone", *_cells(summary["bn_only"])])
-            intro += " The second row is the same attack without the gradient."
-        else:
-            intro += " No BatchNorm statistics are known, so there is no attack without gradient."
-        for name, reason in summary["not_available"].items():
-            intro += f" {SCORES[name][0]} is not available: {reason}"
-        each = {k: v for k, v in summary["per_image"].items() if isinstance(v, list)}
-        per_image = page.Table(
-            ("image", *(SCORES[name][0] for name in each)),
-            [(str(i), *values) for i, values in enumerate(zip(*each.values(), strict=True))],
-        )
-        return [
-            page.Section("Scores", page.Table(header, lines), intro),
-            page.Section("Scores by image", per_image),
-        ]
-
-    def _label_section(self, summary: dict[str, Any]) -> page.Section:
-        columns = ("accuracy", "precision", "recall", "exact")
-        lines = []
-        for method, found in summary["label_methods"].items():
-            told = found.get("not_available") or self._named(found["restored"])
-            lines.append([method, *(_cell(found.get(name)) for name in columns), told])
-        used = summary["labels"]
-        if used["method"] not in summary["label_methods"]:
-            told = self._named(used["restored"])
-            lines.append([used["method"], *(_cell(used.get(name)) for name in columns), told])
-        intro = f"Used: {used['method']}."
-        if "truth" in used:
-            intro += f" The truth: {self._named(used['truth'])}."
-        return page.Section("Labels", page.Table(("method", *columns, "found"), lines), intro)
-
-    def _named(self, classes: Sequence[int]) -> str:
-        counted = {c: classes.count(c) for c in dict.fromkeys(classes)}
-        return ", ".join(self.names[c] + (f" x {n}" if n > 1 else "") for c, n in counted.items())
-
-    def _privacy(self, summary: dict[str, Any]) -> str:
-        told = summary["evidence"]
-        if told["epsilon"] is None:
-            return ""
-        return (
-            f"The noise gives the client's whole update ({told['epsilon']:.3g}, "
-            f"{told['delta']:g}) differential privacy (adding or removing one client, one round)."
-        )
+def _named(pixels: np.ndarray, name: str) -> dict[str, np.ndarray]:
+    return {f"images/{i:03d}_{name}.png": picture for i, picture in enumerate(pixels)}
 
 
-_KNOWN = {
-    "none": "Nothing is known of BatchNorm statistics.",
-    "running": "Of BatchNorm statistics the network's running ones are known.",
-    "exact": "BatchNorm statistics of the very batch are known.",
-    "update": "BatchNorm statistics are solved from the client's new running ones.",
-}
+def compare(
+    chosen: Sequence[study.Run], summaries: Sequence[dict[str, Any]], whole: RunFolder
+) -> None:
+    """Write the page and the summary of a study."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for run, summary in zip(chosen, summaries, strict=True):
+        found.setdefault(study.title(run.variant), []).append(summary)
+    grids = {run.title: (whole.path / run.folder / "grid.png").read_bytes() for run in chosen}
+    svg = gradients.leakage_curves(found)
+    if svg is not None:
+        write_atomic(whole.path / "curves.svg", svg)
+    body = gradients.study_page(found, grids, svg)
+    study.finish(whole, chosen, summaries, body, {"variants": gradients.variants(found)})
 
 
-def _images(found: Any) -> Any:
-    return found.images if isinstance(found, Candidates) else found
+def _say(summary: dict[str, Any]) -> str:
+    """Say how near the images came."""
+    scores = summary["scores"]
+    return "" if scores is None else f"PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.2f}"
 
 
-def _floats(values: Any) -> list[float]:
-    return [float(value) for value in values]
-
-
-def _means(scored: _Scored) -> dict[str, float | None]:
-    return {name: scored.mean(name) for name in SCORES}
-
-
-def _cell(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
-
-
-def _cells(scores: Mapping[str, float | None]) -> list[str]:
-    return ["not available" if scores[name] is None else _cell(scores[name]) for name in SCORES]
-
-
-def _curves(run: run_folder.Session) -> bytes:
-    terms = [name for name in run.metrics.columns() if name not in ("step", "phase")]
-    steps = [int(step) for step in run.metrics.column("step")]
-    return curves.plot({name: run.metrics.column(name) for name in terms}, steps)
-
-
-def prepare(recipe: Recipe) -> Leakage:
-    """The recipe with everything loaded, in every process or in none.
-
-    Raises:
-      ValueError: the mistake, in every process if one process has it.
-    """
-    return parallel.everywhere(lambda: Leakage(recipe))
+COMMAND = command.Command(
+    name="invert-gradients",
+    about=str(__doc__),
+    config=Config,
+    load=GradientInversion,
+    summary=Summary,
+    files=(
+        *("images/", "progress/", f"{ABLATION}/", "grid.png", "curves.svg", "report.html"),
+        *("metrics.csv", "scores.csv"),
+    ),
+    say=_say,
+    presets=PRESETS,
+    compare=compare,
+    study=StudySummary,
+    less="--execution.seeds-at-once 1, --execution.images-at-once 1",
+)

@@ -1,4 +1,21 @@
-"""A training recipe, its run in a folder, and the network that comes out of it."""
+"""Train a network of the zoo on labelled images: a victim to attack.
+
+    jinv pretrain --config pretrain_resnet18_fashion_mnist --out out/victims/resnet18_slim
+    jinv pretrain --config ... --out ... --training.epochs 5 --seed 1
+    jinv pretrain --config ... --out ... --resume
+
+Every key of the config can be overridden on the command line (`--config F --help` lists them).
+With `weights` in the config the network begins with them and gets a new last layer; with `head`
+this layer is trained alone first, and `training.learns: all_but_batch_norm` leaves BatchNorm as it
+was (the recipe pretrain_efficientnet_b0_cifar100).
+
+A checkpoint is saved every minute, and on Ctrl-C or SIGTERM; --resume goes on to the very same
+weights. A finished run is replaced only with --overwrite.
+
+The output folder holds weights.safetensors (PyTorch's names and layouts), classes.txt (a name a
+line), curves.svg, metrics.csv (loss and accuracy of every batch), scores.csv (test accuracy after
+every epoch) and, last of all, summary.json. `jinv.models.load_trained(FOLDER)` makes a `Net` of it.
+"""
 
 from __future__ import annotations
 
@@ -21,21 +38,24 @@ from jinv.image import Preprocessing
 from jinv.models.trained import CLASSES, WEIGHTS
 from jinv.net import Net, with_parameters
 from jinv.reports import curves
+from jinv.runs import command, hardware
 from jinv.runs import config as configs
-from jinv.runs import hardware, run_folder
 from jinv.runs.progress import Progress
+from jinv.runs.run_folder import FolderError, RunFolder
+from jinv.runs.signals import Signals
 
-VERSIONS = ("python", "jax", "jaxlib", "flax", "jinv")
+CHECKPOINT_SECONDS = 60.0
+"""Time between checkpoints."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class Config:
     """What a config file holds.
 
     Attributes:
       model: a network of the zoo; gray images reach it as equal channels.
       weights: what it begins with: a .pth or .safetensors file, "package" for weights inside an
-        installed package, or a folder that scripts/pretrain.py wrote. Its last linear layer is
+        installed package, or a folder that `jinv pretrain` wrote. Its last linear layer is
         replaced by one with random weights for the classes of the data; its normalisation and size
         are kept, and images are brought to that size on the device. None for random weights.
       data: what it learns and is tested on.
@@ -59,7 +79,46 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.head is not None and self.weights is None:
             raise ValueError("head trains the last layer of a network with weights: give some")
-        check_size(self.size, self.data)
+        self.data.check_size(self.size)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Summary(command.Summary):
+    """What summary.json holds.
+
+    Attributes:
+      model: name of the network in the zoo.
+      weights: what it began with; null for random weights.
+      head_epochs: done with the last layer alone; null if it began with random weights.
+      data: as in the config.
+      classes: names.
+      preprocessing: size, mean, std, pixel_range: what makes an image normalised; the mean and
+        deviation of the training images, or what the given weights want.
+      epochs: done, without those of the head.
+      steps: done, of both.
+      images: number of training images.
+      test_images: number of test images.
+      test_accuracy: share of the test images that are given their class; where labels are
+        attributes, share of these that is right.
+      train_accuracy: the same of the training images, augmented, during the last epoch.
+      train_loss: mean cross-entropy during the last epoch.
+      files: sha256 of weights.safetensors and classes.txt.
+    """
+
+    model: str
+    weights: str | None
+    head_epochs: int | None
+    data: dict[str, Any]
+    classes: list[str]
+    preprocessing: dict[str, Any]
+    epochs: int
+    steps: int
+    images: int
+    test_images: int
+    test_accuracy: float
+    train_accuracy: float
+    train_loss: float
+    files: dict[str, str]
 
 
 class _Phase(NamedTuple):
@@ -89,8 +148,8 @@ class _Phase(NamedTuple):
         return self.first + self.steps
 
 
-class Pretraining:
-    """A recipe with its data read: everything that can be wrong with it has been found.
+class Pretraining(command.Loaded):
+    """A config with its data read.
 
     Attributes:
       train, test: the images.
@@ -99,62 +158,32 @@ class Pretraining:
         standard deviation of the training images, see `measured`.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
-        usual = models.entry(recipe.model).preprocessing
-        source = None if recipe.weights is None else _source(recipe.model, recipe.weights)
-        space = usual if source is None else source.preprocessing
-        self.train, self.test = splits(recipe.data, recipe.size or space.size)
-        self.key, chosen_key = jax.random.split(jax.random.key(recipe.seed))
-        if recipe.train_images is not None:
-            if not 1 <= recipe.train_images <= len(self.train):
-                raise ValueError(
-                    f"train_images must be 1 to {len(self.train)}, not {recipe.train_images}"
-                )
-            order = np.asarray(jax.random.permutation(chosen_key, len(self.train)))
-            self.train = self.train.take(order[: recipe.train_images])
-        _, height, width, channels = self.train.images.shape
-        if height != width or self.test.images.shape[1:] != (height, width, channels):
-            raise ValueError(
-                "images must be square and of one size: training images are "
-                f"{width} x {height} px, test images {self.test.images.shape[2]} x "
-                f"{self.test.images.shape[1]} px"
-            )
-        if channels not in (1, space.channels):
-            raise ValueError(
-                f"images of {channels} channels cannot be shown to {recipe.model}, which takes "
-                f"{space.channels}"
-            )
-        self.phases = _phases(recipe, len(self.train), self.key)
-        net = models.load(
-            recipe.model,
-            None,
-            classes=len(self.train.classes),
-            preprocessing=measured(self.train.images, usual.channels) if source is None else space,
-            seed=recipe.seed,
-        )
-        self.net = net if source is None else _with_body(net, source)
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.net, self.train, self.test = _read(config)
+        key, _ = _keys(config)
+        self.phases = _phases(config, len(self.train), key)
 
-    def run(self, run: run_folder.Session) -> dict[str, Any]:
-        """Train and write the results; returns the summary (of the main process)."""
+    def run(self, folder: RunFolder) -> dict[str, Any]:
+        """Train and write the results; return the summary (of the main process).
+
+        Raises:
+          Interrupted: SIGTERM or Ctrl-C came; a checkpoint was saved.
+        """
         phases, net = self.phases, self.net
-        total = phases[-1].end
-        with (
-            run.checkpoints() as manager,
-            run_folder.Signals() as stopping,
-            Progress(phases) as bar,
-        ):
+        with folder.checkpoints() as manager, Signals() as stopping, Progress(phases) as bar:
 
             def template(meta: Mapping[str, Any]) -> training.State:
                 phase = phases[meta.get("phase", 0)]
                 return training.abstract_state(net, phase.config, phase.mesh)
 
-            restored = run.restore(manager, template)
+            restored = folder.restore(manager, template)
             begun, state = 0, None
             if restored is not None:
                 begun, state = restored[0].get("phase", 0), training.State(*restored[1])
             try:
                 for index, phase in list(enumerate(phases))[begun:]:
+                    look = _Look(self, folder, manager, bar, index)
                     state = training.run(
                         net,
                         phase.config,
@@ -162,124 +191,161 @@ class Pretraining:
                         self.train,
                         mesh=phase.mesh,
                         state=state,
-                        callback=self._callback(run, manager, bar, index, phase),
+                        callback=look,
                         should_stop=stopping,
-                        clock=run.clock,
+                        clock=folder.clock,
                     )
                     done = phase.first + int(parallel.fetch(state.step))
                     if done < phase.end or (phase is not phases[-1] and stopping()):
-                        run.save(manager, done, state, phase=index)
-                        raise run.stopped(stopping.number or signal.SIGTERM, done, total)
+                        folder.save(manager, done, state, phase=index)
+                        number = stopping.number or signal.SIGTERM
+                        raise folder.stopped(number, done, phases[-1].end)
                     variables = jax.tree.map(parallel.fetch, state.variables)
                     net, state = dataclasses.replace(net, variables=variables), None
             finally:
-                run.save_logs()
+                folder.save_logs()
         summary: dict[str, Any] = {}
-        parallel.on_main(
-            lambda: summary.update(self._write(run, variables)), run_folder.SessionError
-        )
+        parallel.on_main(lambda: summary.update(self._write(folder, net.variables)), FolderError)
         return summary
 
-    def _callback(
-        self,
-        run: run_folder.Session,
-        manager: ocp.CheckpointManager,
-        bar: Progress,
-        index: int,
-        phase: _Phase,
-    ) -> training.Callback:
-        """Logs every step; looks at the test images and saves a checkpoint after every epoch."""
-        accuracy = training.make_accuracy(self.net, phase.mesh, phase.config.batch)
-
-        def callback(
-            start: int, metrics: Mapping[str, np.ndarray], state: training.State | None
-        ) -> None:
-            done = phase.first + start
-            bar.update(index, done, metrics)
-            for loss, share in zip(metrics["loss"], metrics["accuracy"], strict=True):
-                run.metrics.add(step=done, loss=float(loss), accuracy=float(share))
-                done += 1
-            if state is not None and (done - phase.first) % phase.per_epoch == 0:
-                found = {"test_accuracy": accuracy(state.variables, self.test)}
-                run.scores.add(step=done, **found)
-                bar.say(done, found)
-                run.save(manager, done, state, phase=index)
-
-        return callback
-
-    def _write(self, run: run_folder.Session, variables: Mapping[Any, Any]) -> dict[str, Any]:
-        """Weights, names of classes, curves; the summary last."""
-        weights_convert.write(run.folder / WEIGHTS, weights_convert.from_flax(variables))
-        write_atomic(run.folder / CLASSES, "\n".join(self.train.classes) + "\n")
-        steps = [row["step"] for row in run.metrics.rows]
+    def _write(self, folder: RunFolder, variables: Mapping[Any, Any]) -> dict[str, Any]:
+        """Write weights, names of classes, curves; the summary last."""
+        config, log, last = self.config, folder.metrics, self.phases[-1]
+        weights_convert.write(folder.path / WEIGHTS, weights_convert.from_flax(variables))
+        write_atomic(folder.path / CLASSES, "\n".join(self.train.classes) + "\n")
         epochs = [
             step for phase in self.phases for step in range(phase.first, phase.end, phase.per_epoch)
         ]
-        per_epoch = self.phases[-1].per_epoch
-        test_accuracy = run.scores.column("test_accuracy")[-1]
+        test_accuracy = folder.scores.column("test_accuracy")[-1]
         svg = curves.plot(
-            {name: run.metrics.column(name) for name in ("loss", "accuracy")},
-            steps,
-            title=f"{self.recipe.model}: test accuracy {test_accuracy:.4f}",
+            log.terms(),
+            log.steps(),
+            title=f"{config.model}: test accuracy {test_accuracy:.4f}",
             boundaries=epochs[1:],
         )
-        write_atomic(run.folder / "curves.svg", svg)
-        machine, mesh = hardware.describe(), self.phases[-1].mesh
-        transfer: dict[str, Any] = {}
-        if self.recipe.weights is not None:
-            head = 0 if self.recipe.head is None else self.recipe.head.epochs
-            transfer = {"weights": self.recipe.weights, "head_epochs": head}
-        summary = {
-            "model": self.recipe.model,
-            **transfer,
-            "data": configs.plain(self.recipe.data),
-            "classes": list(self.train.classes),
-            "preprocessing": configs.plain(self.net.preprocessing),
-            "device": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
-            "epochs": self.recipe.training.epochs,
-            "steps": self.phases[-1].end,
-            "images": len(self.train),
-            "test_images": len(self.test),
-            "test_accuracy": test_accuracy,
-            "train_accuracy": float(np.mean(run.metrics.column("accuracy")[-per_epoch:])),
-            "train_loss": float(np.mean(run.metrics.column("loss")[-per_epoch:])),
-            "seconds": round(run.seconds, 3),
-            "seconds_per_step": round(run.clock.stepping / max(run.clock.steps, 1), 6),
-            "compile_seconds": round(run.clock.compiling, 3),
-            "files": {name: sha256(run.folder / name) for name in (WEIGHTS, CLASSES)},
-            "versions": {name: machine[name] for name in VERSIONS},
-        }
-        run.finish(summary)
-        return summary
+        write_atomic(folder.path / "curves.svg", svg)
+        head = 0 if config.head is None else config.head.epochs
+        summary = Summary(
+            **command.shared(folder, hardware.of_mesh(last.mesh)),
+            model=config.model,
+            weights=config.weights,
+            head_epochs=None if config.weights is None else head,
+            data=configs.plain(config.data),
+            classes=list(self.train.classes),
+            preprocessing=configs.plain(self.net.preprocessing),
+            epochs=config.training.epochs,
+            steps=last.end,
+            images=len(self.train),
+            test_images=len(self.test),
+            test_accuracy=test_accuracy,
+            train_accuracy=float(np.mean(log.column("accuracy")[-last.per_epoch :])),
+            train_loss=float(np.mean(log.column("loss")[-last.per_epoch :])),
+            files={name: sha256(folder.path / name) for name in (WEIGHTS, CLASSES)},
+        )
+        return command.finish(folder, summary)
 
 
-def _phases(recipe: Recipe, images: int, key: Array) -> list[_Phase]:
-    """The recipe's trainings; `key` is that of the last."""
+class _Look:
+    """Logs every step; tests after every epoch; saves a checkpoint where one is due."""
+
+    def __init__(
+        self,
+        work: Pretraining,
+        folder: RunFolder,
+        manager: ocp.CheckpointManager,
+        bar: Progress,
+        index: int,
+    ) -> None:
+        self._phase = work.phases[index]
+        self._test = work.test
+        self._folder = folder
+        self._manager = manager
+        self._bar = bar
+        self._index = index
+        batch = self._phase.config.batch
+        self._accuracy = training.make_accuracy(work.net, self._phase.mesh, batch)
+
+    def __call__(
+        self, start: int, metrics: Mapping[str, np.ndarray], state: training.State | None
+    ) -> None:
+        folder, phase = self._folder, self._phase
+        done = phase.first + start
+        self._bar.update(self._index, done, metrics)
+        for loss, share in zip(metrics["loss"], metrics["accuracy"], strict=True):
+            folder.metrics.add(step=done, loss=float(loss), accuracy=float(share))
+            done += 1
+        if state is None:
+            return
+        if (done - phase.first) % phase.per_epoch == 0:
+            found = {"test_accuracy": self._accuracy(state.variables, self._test)}
+            folder.scores.add(step=done, **found)
+            self._bar.say(done, found)
+        if folder.due(CHECKPOINT_SECONDS):
+            folder.save(self._manager, done, state, phase=self._index)
+
+
+def _keys(config: Config) -> tuple[Array, Array]:
+    """Return the key of the training and that of the choice of images."""
+    key, chosen = jax.random.split(jax.random.key(config.seed))
+    return key, chosen
+
+
+def _read(config: Config) -> tuple[Net, data.Dataset, data.Dataset]:
+    """Return the network with its first weights, the training images and the test images."""
+    usual = models.entry(config.model).preprocessing
+    source = None if config.weights is None else _source(config.model, config.weights)
+    space = usual if source is None else source.preprocessing
+    train, test = splits(config.data, config.size or space.size)
+    if config.train_images is not None:
+        if not 1 <= config.train_images <= len(train):
+            raise ValueError(f"train_images must be 1 to {len(train)}, not {config.train_images}")
+        _, chosen_key = _keys(config)
+        order = np.asarray(jax.random.permutation(chosen_key, len(train)))
+        train = train.take(order[: config.train_images])
+    _check_shapes(config.model, train, test, space.channels)
+    net = models.load(
+        config.model,
+        None,
+        classes=len(train.classes),
+        preprocessing=measured(train.images, usual.channels) if source is None else space,
+        seed=config.seed,
+    )
+    return net if source is None else _with_body(net, source), train, test
+
+
+def _check_shapes(model: str, train: data.Dataset, test: data.Dataset, wanted: int) -> None:
+    _, height, width, channels = train.images.shape
+    if height != width or test.images.shape[1:] != (height, width, channels):
+        raise ValueError(
+            "images must be square and of one size: training images are "
+            f"{width} x {height} px, test images {test.images.shape[2]} x "
+            f"{test.images.shape[1]} px"
+        )
+    if channels not in (1, wanted):
+        raise ValueError(
+            f"images of {channels} channels cannot be shown to {model}, which takes {wanted}"
+        )
+
+
+def _phases(config: Config, images: int, key: Array) -> list[_Phase]:
+    """Return the config's trainings; `key` is that of the last."""
     # Not one of the two keys that the seed's is split into.
-    head_key = jax.random.fold_in(jax.random.key(recipe.seed), 2)
-    wanted = [("training", recipe.training, key)]
-    if recipe.head is not None:
-        alone = dataclasses.replace(recipe.head, learns="head")
+    head_key = jax.random.fold_in(jax.random.key(config.seed), 2)
+    wanted = [("training", config.training, key)]
+    if config.head is not None:
+        alone = dataclasses.replace(config.head, learns="head")
         wanted.insert(0, ("head", alone, head_key))
     phases: list[_Phase] = []
     first = 0
-    for name, config, key in wanted:
-        per_epoch = images // config.batch
+    for name, each, key in wanted:
+        per_epoch = images // each.batch
         if not per_epoch:
-            raise ValueError(f"{images} images fill no batch of {config.batch}")
-        mesh = training.batch_mesh(config.batch)
-        steps = config.epochs * per_epoch
-        phases.append(_Phase(name, steps, config, key, mesh, per_epoch, first))
+            raise ValueError(f"{images} images fill no batch of {each.batch}")
+        mesh = training.batch_mesh(each.batch)
+        steps = each.epochs * per_epoch
+        phases.append(_Phase(name, steps, each, key, mesh, per_epoch, first))
         first += steps
     return phases
-
-
-def check_size(size: int | None, source: data.Source) -> None:
-    """ValueError if a side of images is asked for where they have their own."""
-    if size is not None and not source.takes_size:
-        raise ValueError(
-            "size belongs to data of the formats 'images' and 'tfds': others have their own"
-        )
 
 
 def splits(source: data.Source, size: int) -> tuple[data.Dataset, data.Dataset]:
@@ -339,10 +405,18 @@ def measured(images: np.ndarray, channels: int) -> Preprocessing:
     )
 
 
-def prepare(recipe: Recipe) -> Pretraining:
-    """The recipe with its data read, in every process or in none.
+def _say(summary: dict[str, Any]) -> str:
+    """Say how good the network is."""
+    return f"test accuracy {summary['test_accuracy']:.4f}"
 
-    Raises:
-      ValueError: the mistake, in every process if one process has it.
-    """
-    return parallel.everywhere(lambda: Pretraining(recipe))
+
+COMMAND = command.Command(
+    name="pretrain",
+    about=str(__doc__),
+    config=Config,
+    load=Pretraining,
+    summary=Summary,
+    files=(WEIGHTS, CLASSES, "curves.svg", "metrics.csv", "scores.csv"),
+    say=_say,
+    less="--training.batch with fewer images",
+)

@@ -1,7 +1,34 @@
-"""A recipe of shadow models, and its production into a store, or past it."""
+"""Train shadow models by the million: small heads on frozen features, each on a few examples.
+
+    jinv train-shadow-models --config shadow_fashion_mnist --out out/shadows/fashion_mnist
+    jinv train-shadow-models --config ... --out ... --plan
+    jinv train-shadow-models --config ... --out ... --resume --seeds 100
+    jinv train-shadow-models --config ... --out none
+
+The config names a folder of features (`jinv extract-features`), the training sets and the
+training; every key can be overridden on the command line (`--config F --help` lists them). A seed
+permutes the data and cuts it into training sets: seed and position name a model and its examples.
+`jinv.shadow.store.Store(FOLDER)` reads the models.
+
+--plan          tells how many models, bytes and seconds all of it takes, and stops
+--resume        makes the seeds that are missing: after Ctrl-C, SIGTERM or a crash, the very same
+                models; and with more --seeds than there are, the new ones
+--overwrite     replaces an earlier run
+--part I/N      makes every N-th seed from seed I on, into a folder that N processes share; the one
+                that completes it writes statistics and summary. Without it the task of a SLURM
+                array, or the process of `jax.distributed`, is such a part
+--verify        reads everything in the folder, and names what is damaged
+--regenerate S  makes seed S again, with --resume
+--out none      keeps nothing: the summary is printed. `store: false` in the config keeps summary
+                and statistics
+
+The output folder holds shadows.json (what the models are), config.yaml, the Zarr arrays weights,
+loss and attempts, statistics.npz (count, mean, std, covariance) and, last of all, summary.json.
+"""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -16,62 +43,26 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from jinv.files import write_atomic
+from jinv import parallel
+from jinv.checks import words
+from jinv.runs import command, hardware
 from jinv.runs import config as configs
-from jinv.runs import hardware, run_folder
 from jinv.runs.progress import Progress
+from jinv.runs.run_folder import RunFolder
+from jinv.runs.signals import Interrupted, Signals
 from jinv.shadow import features, privacy, sampling, statistics, store, training
-from jinv.shadow.config import Config, make_head
+from jinv.shadow.config import Config as Training
+from jinv.shadow.config import make_head
 from jinv.shadow.generation import Execution, Factory, Made, Restarts
-from jinv.shadow.sampling import Sets
-
-VERSIONS = ("python", "jax", "jaxlib", "jinv")
+from jinv.shadow.sampling import Sampling, Sets
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
-    """Which examples a shadow model is trained on; see `jinv.shadow.sampling`.
-
-    Attributes:
-      kind: "balanced", as many of every class; "random_labels", out of distribution;
-        "one_against_many", one person against others, where labels say who is in an image.
-      class_size: examples of each class, or of the person.
-      sets: shadow models a seed.
-      positive: of "balanced": classes that get label 1, all others 0; by default labels are kept.
-      classes: of "random_labels".
-      others: of "one_against_many": images of others for each of the person's.
-    """
-
-    kind: Literal["balanced", "random_labels", "one_against_many"] = "balanced"
-    class_size: int = 1
-    sets: int = 5120
-    positive: tuple[int, ...] | None = None
-    classes: int = 10
-    others: int = 9
-
-    def __post_init__(self) -> None:
-        if min(self.class_size, self.sets, self.classes, self.others) < 1:
-            raise ValueError("class_size, sets, classes and others must be at least 1")
-        if self.positive is not None and self.kind != "balanced":
-            raise ValueError("positive classes belong to balanced sets")
-
-    def draw(self, labels: np.ndarray, seed: int) -> Sets:
-        """The training sets of a seed."""
-        if self.kind == "balanced":
-            return sampling.balanced(labels, seed, self.class_size, self.sets, self.positive)
-        if self.kind == "random_labels":
-            return sampling.random_labels(
-                len(labels), seed, self.class_size, self.sets, self.classes
-            )
-        return sampling.one_against_many(labels, seed, self.class_size, self.sets, self.others)
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
+class Config:
     """What a config file holds.
 
     Attributes:
-      features: folder that scripts/extract_features.py wrote.
+      features: folder that `jinv extract-features` wrote.
       split: whose images the models are trained on.
       sampling: which of them.
       training: how.
@@ -82,13 +73,13 @@ class Recipe:
       store: False to train the models and keep statistics only.
       validate: models of a seed whose accuracy on the other split is measured; None for all.
       statistics: "moments", mean and standard deviation; "covariance", that too: P^2 numbers.
-      execution: see there.
+      execution: devices and chunk, without influence on the result.
     """
 
     features: str
     split: Literal["train", "test"] = "train"
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
-    training: Config = dataclasses.field(default_factory=Config)
+    training: Training = dataclasses.field(default_factory=Training)
     restarts: Restarts | None = None
     seeds: int = 1
     seed: int = 0
@@ -99,10 +90,63 @@ class Recipe:
     execution: Execution = dataclasses.field(default_factory=Execution)
 
     def __post_init__(self) -> None:
+        words(self)
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, not {self.seeds}")
         if self.validate is not None and self.validate < 0:
             raise ValueError(f"validate must not be negative: {self.validate}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What summary.json holds.
+
+    Attributes:
+      models, seeds, sets: how many; sets a seed.
+      examples: in a training set.
+      parameters: P, of a model.
+      layout: [name, shape] of its parameters, in the order of its P numbers.
+      dtype, stored: of the weights; whether they were kept.
+      path, path_reason: row_space or ordinary; why not row_space.
+      fingerprint: of the features.
+      privacy: noise_multiplier, l2_norm_clip, sampling, steps, delta, epsilon (null without noise);
+        or null.
+      diverged: models whose loss is no number; statistics leave them out.
+      loss: mean, std, max over models, on their training sets.
+      restarts: mean, most: trainings of a model; failed: models whose loss stayed too high; or
+        null.
+      validation: models, images; mean, std, max of the models' accuracy on the other split; or
+        not_available: why.
+      statistics: file, covariance (whether it is there), zero_variance (coordinates that are the
+        same in all models); or null.
+      bytes: of all weights.
+      session: models, seconds, models_per_second: of the process that wrote this, since its last
+        start, statistics excluded.
+      device: number and kind of the devices.
+      versions: of python, jax, jaxlib, flax and jinv.
+    """
+
+    models: int
+    seeds: int
+    sets: int
+    examples: int
+    parameters: int
+    layout: list[Any]
+    dtype: str
+    stored: bool
+    path: str
+    path_reason: str | None
+    fingerprint: str
+    privacy: dict[str, Any] | None
+    diverged: int
+    loss: dict[str, float | None]
+    restarts: dict[str, Any] | None
+    validation: dict[str, Any]
+    statistics: dict[str, Any] | None
+    bytes: int
+    session: dict[str, Any]
+    device: str
+    versions: dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +158,11 @@ class Part:
 
     @classmethod
     def read(cls, text: str | None, environment: Mapping[str, str] = os.environ) -> Part:
-        """ "I/N"; else this task of a SLURM array, this process of `jax.distributed`, or all."""
+        """Return part "I/N"; without a text that of a SLURM array or `jax.distributed`, or all.
+
+        Raises:
+          ValueError: the text says no part.
+        """
         if text is not None:
             index, _, count = text.partition("/")
             if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
@@ -129,54 +177,51 @@ class Part:
         return cls(jax.process_index(), jax.process_count())
 
 
-class Production:
-    """A recipe with its features read: everything that can be wrong with it has been found.
+class Production(command.Loaded):
+    """A config with its features read.
 
     Attributes:
+      config: the config, with the noise that its privacy needs.
+      part: which seeds this process makes.
+      again: a seed of this part that is there and shall be made again.
       metadata: of its store.
       factory: makes its models.
       reason: why row-space training does not apply; "" where it does.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
-        own = features.load(Path(recipe.features) / recipe.split)
-        if own.labels.ndim > 1:
-            raise ValueError(f"{recipe.features}: labels are attributes; classes are needed")
-        if own.labels.min() < 0:
-            raise ValueError(f"{recipe.features}: labels are negative: {own.labels.min()}")
-        drawn = recipe.sampling.draw(own.labels, 0)
+    def __init__(self, config: Config, part: Part = Part(), again: int | None = None) -> None:
+        self._asked = config
+        own = _features(config)
+        drawn = config.sampling.draw(own.labels, 0)
         examples = drawn.indices.shape[1]
-        kind = recipe.training.head
-        classes = recipe.training.classes if kind == "linear" else 2
-        if not 0 <= drawn.labels.min() <= drawn.labels.max() < classes:
-            raise ValueError(
-                f"labels are {drawn.labels.min()} to {drawn.labels.max()}, the {kind} head knows "
-                f"{classes} classes" + (": give sampling.positive" if kind == "binary" else "")
-            )
-        config = privacy.resolved(recipe.training, examples)
-        self.privacy = _promised(config, examples)
-        self.recipe = dataclasses.replace(recipe, training=config)
+        _check_labels(config, drawn)
+        settled = privacy.resolved(config.training, examples)
+        config = dataclasses.replace(config, training=settled)
+        self.config = config
+        self.part = part
+        self.again = again
+        self.privacy = _promised(settled, examples)
         self.labels = own.labels
         self._drawn = drawn  # seed 0's, for a trial
         self.examples = examples
-        head = make_head(config)
-        self.reason = training.unsuitable(config, head)
+        head = make_head(settled)
+        self.reason = training.unsuitable(settled, head)
         self.factory = Factory(
-            config,
+            settled,
             own.features,
             examples,
-            jax.random.key(recipe.seed, impl="threefry2x32"),
-            dtype=recipe.dtype,
-            restarts=recipe.restarts,
-            execution=recipe.execution,
+            jax.random.key(config.seed, impl="threefry2x32"),
+            dtype=config.dtype,
+            restarts=config.restarts,
+            execution=config.execution,
         )
-        tree = configs.plain(self.recipe)
+        tree = configs.plain(config)
         origin = {
             name: tree[name] for name in ("split", "sampling", "training", "restarts", "seed")
         }
         origin["fingerprint"] = own.fingerprint
         self.metadata = store.Metadata(
-            self.factory.layout, recipe.sampling.sets, recipe.seeds, recipe.dtype, origin
+            self.factory.layout, config.sampling.sets, config.seeds, config.dtype, origin
         )
         self.held_out = self._held_out(own)
         self._accuracies = jax.jit(
@@ -186,43 +231,47 @@ class Production:
         )
 
     def _held_out(self, own: features.Features) -> tuple[np.ndarray, np.ndarray] | str:
-        """Features and labels of the other split, or why there are none."""
-        kind = self.recipe.sampling.kind
+        """Return features and labels of the other split, or why there are none."""
+        kind = self.config.sampling.kind
         if kind != "balanced":
             return f"{kind} sets have no labels that other images share"
-        if self.recipe.validate == 0:
+        if self.config.validate == 0:
             return "not asked for"
-        other = "test" if self.recipe.split == "train" else "train"
-        found = features.load(Path(self.recipe.features) / other)
+        other = "test" if self.config.split == "train" else "train"
+        found = features.load(Path(self.config.features) / other)
         same = (own.network, own.classes, own.features.shape[1], own.labels.ndim)
         if (found.network, found.classes, found.features.shape[1], found.labels.ndim) != same:
             raise ValueError(
-                f"{self.recipe.features}: the splits have other classes, or are of other networks"
+                f"{self.config.features}: the splits have other classes, or are of other networks"
             )
-        told = sampling.relabelled(found.labels, self.recipe.sampling.positive)
+        told = sampling.relabelled(found.labels, self.config.sampling.positive)
         return np.asarray(found.features), told
 
     def sets(self, seed: int) -> Sets:
-        """The training sets of a seed."""
-        return self.recipe.sampling.draw(self.labels, seed)
+        """Return the training sets of a seed."""
+        return self.config.sampling.draw(self.labels, seed)
 
     def plan(self, folder: Path | None, seeds: int | None = None) -> dict[str, Any]:
-        """What so many seeds take, all by default: models, bytes, seconds by a trial.
+        """Return what so many seeds take: models, bytes, seconds by a trial.
 
-        Statistics and validation take time of their own. `folder`: for the free disk.
+        Statistics and validation take time of their own.
+
+        Args:
+          folder: for the free disk; None if nothing is kept.
+          seeds: all by default.
         """
-        seeds = self.recipe.seeds if seeds is None else seeds
+        seeds = self.config.seeds if seeds is None else seeds
         drawn = Sets(*(part[: 2 * self.factory.chunk] for part in self._drawn))
         self.factory.seed(0, drawn)  # compiles
         start = time.perf_counter()
         self.factory.seed(0, drawn)
         each = (time.perf_counter() - start) / len(drawn.indices)
-        models = seeds * self.recipe.sampling.sets
+        models = seeds * self.config.sampling.sets
         plan: dict[str, Any] = {
             "models": models,
             "parameters": self.factory.layout.size,
             "examples": self.examples,
-            "path": "ordinary" if self.reason else "row_space",
+            "path": self._path,
             "chunk": self.factory.chunk,
             "bytes": self.metadata.seed_bytes * seeds,
             "models_per_second": round(1 / each, 1),
@@ -233,184 +282,205 @@ class Production:
             plan["free_bytes"] = shutil.disk_usage(there).free
         return plan
 
-    def claim(
-        self, folder: Path, *, resume: bool, overwrite: bool, again: int | None = None
-    ) -> store.Store | None:
-        """The store to fill, or None if the folder holds these models and their summary.
+    def say_plan(self, folder: Path | None, seeds: int | None = None) -> None:
+        """Print the plan."""
+        found = self.plan(folder, seeds)
+        kept = "nothing is kept"
+        if self.config.store and folder:
+            to_write, free = found["bytes"] / 1e9, found["free_bytes"] / 1e9
+            kept = f"{to_write:.2f} GB to write, {free:.0f} GB are free"
+        parallel.say(
+            f"{found['models']} models of {found['parameters']} parameters, {found['examples']} "
+            f"examples each, {found['path']} path, {found['chunk']} at once\n"
+            f"about {found['seconds']:.0f} s at {found['models_per_second']:.0f} models a second; "
+            f"{kept}"
+        )
 
-        Without `recipe.store` an empty one.
+    @property
+    def _path(self) -> str:
+        return "ordinary" if self.reason else "row_space"
 
-        Args:
-          folder: made if absent.
-          resume: go on with what is there.
-          overwrite: replace it.
-          again: a seed that is there and shall be made again.
+    def wants_more(self, folder: RunFolder) -> bool:
+        """Whether a finished run has fewer seeds than are asked for, or lost or unwanted ones."""
+        if not self.config.store:
+            return folder.read_summary()["seeds"] < self.config.seeds
+        if not (folder.path / store.METADATA).exists():
+            return True
+        found = store.Store(folder.path)
+        self._check_again(folder, found.metadata)
+        more = self.config.seeds > found.metadata.seeds
+        return more or self.again is not None or bool(found.missing())
 
-        Raises:
-          StoreError: the folder holds other models, or neither flag says what to do with it.
-        """
-        if resume and overwrite:
-            raise store.StoreError("--resume and --overwrite exclude each other")
-        # In this order: another part may be making the store, which begins with the metadata.
-        foreign = [n for n in (*store.FILES, *store.ARRAYS) if (folder / n).exists()]
-        known = (folder / store.METADATA).exists()
-        if not known and foreign:
+    def _check_again(self, folder: RunFolder, there: store.Metadata) -> None:
+        """Raise StoreError if the seed that shall be made again is none of the store's."""
+        if self.again is not None and not 0 <= self.again < there.seeds:
             raise store.StoreError(
-                f"{folder} holds something else than shadow models ({', '.join(foreign)}): choose "
-                "another folder"
+                f"{folder.path} has seeds 0 to {there.seeds - 1}, no {self.again}"
             )
-        summary = folder / store.SUMMARY
-        if overwrite:
-            store.remove(folder)
-        elif known and not resume:
-            state = "a finished" if summary.exists() else "an unfinished"
-            raise store.StoreError(f"{folder} holds {state} run: --resume or --overwrite it")
-        before = store.read_metadata(folder).seeds if known and not overwrite else 0
-        target = store.Store.create(folder, self.metadata)
-        # A store may have more seeds than the recipe asks for: it is all of them that are finished.
+
+    def run(self, folder: RunFolder) -> dict[str, Any]:
+        """Make this part's seeds; the process that completes them writes statistics and summary."""
+        if not self.config.store:
+            self.say_plan(folder.path)
+            folder.reopen(configs.plain(self._asked))
+            return self.pass_by(folder)
+        target = self._open(folder)
+        self.say_plan(folder.path, len(self.missing(target)))
+        done = self.fill(target)
+        if left := target.missing():
+            parallel.say(f"{folder.path}: {len(left)} seeds are left to other parts")
+            return {}
+        # Without statistics only the models that are validated have to be read.
+        models = slice(self.config.validate if self.config.statistics == "none" else None)
+        read = (
+            Made(
+                target.read(s, models), target.read(s, name="loss"), target.read(s, name="attempts")
+            )
+            for s in range(self.config.seeds)
+        )
+        return command.finish(folder, self._summary(read, done, folder.path))
+
+    def _open(self, folder: RunFolder) -> store.Store:
+        """Return the store of the folder, made or extended, with room for what is missing.
+
+        A store may have more seeds than the config asks for: it is all of them that are finished.
+        """
+        target = store.Store.create(folder.path, self.metadata)
         self.metadata = target.metadata
-        self.recipe = dataclasses.replace(self.recipe, seeds=target.metadata.seeds)
-        if again is not None and not 0 <= again < self.recipe.seeds:
-            raise store.StoreError(f"{folder} has seeds 0 to {self.recipe.seeds - 1}, no {again}")
-        if again is not None:
-            target.discard(again)
-        missing = target.missing() if self.recipe.store else []
-        if summary.exists() and before == self.recipe.seeds and not missing:
-            return None
-        needed, free = len(missing) * self.metadata.seed_bytes, shutil.disk_usage(folder).free
+        self.config = dataclasses.replace(self.config, seeds=target.metadata.seeds)
+        self._check_again(folder, self.metadata)
+        more = 0 if self.again is None else 1
+        needed = (len(target.missing()) + more) * self.metadata.seed_bytes
+        free = shutil.disk_usage(folder.path).free
         if needed > free:
             raise store.StoreError(
-                f"{folder}: {needed / 1e9:.1f} GB are to be written, {free / 1e9:.1f} GB are free"
+                f"{folder.path}: {needed / 1e9:.1f} GB are to be written, {free / 1e9:.1f} GB are "
+                "free"
             )
-        summary.unlink(missing_ok=True)
-        write_atomic(folder / store.CONFIG, configs.to_yaml(self.recipe))
+        # Nothing can be wrong any more.
+        folder.reopen(configs.plain(self._asked) | {"seeds": self.config.seeds})
+        if self.again is not None:
+            target.discard(self.again)
         return target
 
     def stream(
         self, seeds: Sequence[int], see: Callable[[int, Made], None] = lambda seed, made: None
     ) -> Iterator[tuple[int, Made]]:
-        """(seed, its models) one after the other; `see` is shown every chunk, and may raise."""
+        """Yield (seed, its models), one after the other; `see` is shown every chunk."""
         for seed in seeds:
             yield seed, self.factory.seed(seed, self.sets(seed), lambda made: see(seed, made))  # noqa: B023
 
-    def missing(self, target: store.Store, part: Part = Part()) -> list[int]:
-        """Seeds of this part that are not there yet."""
-        return [s for s in target.missing() if s % part.count == part.index]
+    def missing(self, target: store.Store) -> list[int]:
+        """Return the seeds of this part that are not there yet."""
+        return [s for s in target.missing() if s % self.part.count == self.part.index]
 
-    def fill(self, target: store.Store, part: Part = Part()) -> Done:
+    def fill(self, target: store.Store) -> Done:
         """Write the seeds of this part that are missing.
 
         Raises:
           Interrupted: by a signal; finished seeds are kept.
           StoreError: the disk is full, say; finished seeds are kept.
         """
-        seeds = self.missing(target, part)
-        done = Done()
+        seeds = self.missing(target)
         with (
-            _Watch(target.folder, len(seeds) * self.recipe.sampling.sets) as watch,
+            _Watch(target.folder, len(seeds) * self.config.sampling.sets) as watch,
             contextlib.ExitStack() as writing,
         ):
             for seed, made in self.stream(seeds, watch):
                 writing.close()  # one seed is written while the next is made
                 writing.callback(target.write(seed, *made))
-                done.models += len(made.loss)
-        done.seconds = watch.seconds
-        return done
+        return watch.done
 
-    def finish(self, target: store.Store, done: Done) -> dict[str, Any]:
-        """Read a complete store, and write its statistics and summary."""
-        # Without statistics only the models that are validated have to be read.
-        models = slice(self.recipe.validate if self.recipe.statistics == "none" else None)
-        read = (
-            Made(
-                target.read(s, models), target.read(s, name="loss"), target.read(s, name="attempts")
-            )
-            for s in range(self.recipe.seeds)
-        )
-        summary = self._summary(read, done, target.folder)
-        _save(target.folder, summary)
-        return summary
-
-    def pass_by(self, folder: Path | None) -> dict[str, Any]:
+    def pass_by(self, folder: RunFolder | None) -> dict[str, Any]:
         """Make all models without keeping them; statistics and summary go into the folder."""
-        done = Done()
+        path = None if folder is None else folder.path
+        with _Watch(None, self.config.seeds * self.config.sampling.sets) as watch:
+            made = (found for _, found in self.stream(range(self.config.seeds), watch))
+            summary = self._summary(made, watch.done, path)
+        return vars(summary) if folder is None else command.finish(folder, summary)
 
-        def made(watch: _Watch) -> Iterator[Made]:
-            for _, found in self.stream(range(self.recipe.seeds), watch):
-                done.models += len(found.loss)
-                done.seconds = watch.seconds
-                yield found
-
-        with _Watch(None, self.recipe.seeds * self.recipe.sampling.sets) as watch:
-            summary = self._summary(made(watch), done, folder)
-        if folder is not None:
-            _save(folder, summary)
-        return summary
-
-    def _summary(self, seeds: Iterator[Made], done: Done, folder: Path | None) -> dict[str, Any]:
-        recipe = self.recipe
-        losses: list[np.ndarray] = []
-        attempts: list[np.ndarray] = []
-        accuracies: list[np.ndarray] = []
-        found: statistics.Statistics | None = None
+    def _summary(self, seeds: Iterator[Made], done: Done, folder: Path | None) -> Summary:
+        """Return the summary of models that are read or made while it is formed."""
+        config, whole = self.config, _Whole(self)
         for made in seeds:
-            losses.append(made.loss)
-            attempts.append(made.attempts)
-            accuracies.append(self.accuracies(made.weights[: recipe.validate]))
-            sound = np.isfinite(made.loss)
-            if recipe.statistics != "none" and sound.any():
-                kept = made.weights if sound.all() else made.weights[sound]
-                new = statistics.of(kept, covariance=recipe.statistics == "covariance")
-                found = new if found is None else statistics.merged(found, new)
-        loss, tries, accuracy = map(np.concatenate, (losses, attempts, accuracies))
-        if found is not None and folder is not None:
-            found.save(folder / store.STATISTICS)
-        machine = hardware.describe()
-        failed = 0 if recipe.restarts is None else int((~(loss < recipe.restarts.loss)).sum())
-        return {
-            "models": len(loss),
-            "seeds": recipe.seeds,
-            "sets": recipe.sampling.sets,
-            "examples": self.examples,
-            "parameters": self.factory.layout.size,
-            "layout": self.metadata.plain()["layout"],
-            "dtype": recipe.dtype,
-            "stored": recipe.store,
-            "path": "ordinary" if self.reason else "row_space",
-            "path_reason": self.reason or None,
-            "fingerprint": self.metadata.origin["fingerprint"],
-            "privacy": self.privacy,
-            "diverged": int((~np.isfinite(loss)).sum()),
-            "loss": _spread(loss),
-            "restarts": None
-            if recipe.restarts is None
+            whole.add(made)
+        loss, tries, accuracy = whole.arrays()
+        if whole.statistics is not None and folder is not None:
+            whole.statistics.save(folder / store.STATISTICS)
+        failed = 0 if config.restarts is None else int((~(loss < config.restarts.loss)).sum())
+        return Summary(
+            models=len(loss),
+            seeds=config.seeds,
+            sets=config.sampling.sets,
+            examples=self.examples,
+            parameters=self.factory.layout.size,
+            layout=self.metadata.plain()["layout"],
+            dtype=config.dtype,
+            stored=config.store,
+            path=self._path,
+            path_reason=self.reason or None,
+            fingerprint=self.metadata.origin["fingerprint"],
+            privacy=self.privacy,
+            diverged=int((~np.isfinite(loss)).sum()),
+            loss=_spread(loss),
+            restarts=None
+            if config.restarts is None
             else {"mean": float(tries.mean()), "most": int(tries.max()), "failed": failed},
-            "validation": {"not_available": self.held_out}
+            validation={"not_available": self.held_out}
             if isinstance(self.held_out, str)
             else {"models": len(accuracy), "images": len(self.held_out[1]), **_spread(accuracy)},
-            "statistics": None
-            if found is None
+            statistics=None
+            if whole.statistics is None
             else {
                 "file": store.STATISTICS if folder is not None else None,
-                "covariance": recipe.statistics == "covariance",
-                "zero_variance": self.factory.layout.size - len(found.varying),
+                "covariance": config.statistics == "covariance",
+                "zero_variance": self.factory.layout.size - len(whole.statistics.varying),
             },
-            "bytes": self.metadata.seed_bytes * recipe.seeds,
-            "session": {
-                "models": done.models,
-                "seconds": round(done.seconds, 3),
-                "models_per_second": round(done.models / done.seconds, 1) if done.seconds else None,
-            },
-            "device": f"{self.factory.mesh.size} x {self.factory.mesh.devices.flat[0].device_kind}",
-            "versions": {name: machine[name] for name in VERSIONS},
-        }
+            bytes=self.metadata.seed_bytes * config.seeds,
+            session=done.plain(),
+            device=hardware.of_mesh(self.factory.mesh),
+            versions=hardware.versions(),
+        )
 
     def accuracies(self, weights: np.ndarray) -> np.ndarray:
-        """(S,) share of the other split's images that each of S models gives their labels."""
+        """Return the share of the other split's images that each of S models gives their labels.
+
+        Args:
+          weights: (S, P).
+
+        Returns:
+          (S,), or nothing where there is no other split.
+        """
         if isinstance(self.held_out, str) or not len(weights):
             return np.empty(0)
         parameters = self.factory.layout.split(np.asarray(weights, np.float32))
         return np.asarray(self._accuracies(parameters, *self.held_out))
+
+
+class _Whole:
+    """What all models have in common, gathered seed by seed."""
+
+    def __init__(self, production: Production) -> None:
+        self.statistics: statistics.Statistics | None = None
+        self._production = production
+        self._rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+
+    def add(self, made: Made) -> None:
+        config = self._production.config
+        accuracies = self._production.accuracies(made.weights[: config.validate])
+        self._rows.append((made.loss, made.attempts, accuracies))
+        sound = np.isfinite(made.loss)
+        if config.statistics == "none" or not sound.any():
+            return
+        kept = made.weights if sound.all() else made.weights[sound]
+        new = statistics.of(kept, covariance=config.statistics == "covariance")
+        before = self.statistics
+        self.statistics = new if before is None else statistics.merged(before, new)
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the models' losses, attempts and accuracies."""
+        loss, attempts, accuracies = map(np.concatenate, zip(*self._rows, strict=True))
+        return loss, attempts, accuracies
 
 
 @dataclasses.dataclass
@@ -420,22 +490,31 @@ class Done:
     models: int = 0
     seconds: float = 0.0
 
+    def plain(self) -> dict[str, Any]:
+        """Return it as the summary says it."""
+        rate = round(self.models / self.seconds, 1) if self.seconds else None
+        return {
+            "models": self.models,
+            "seconds": round(self.seconds, 3),
+            "models_per_second": rate,
+        }
+
 
 class _Watch:
-    """Progress and signals over the models of a production."""
+    """Progress and signals while models are made.
+
+    Attributes:
+      done: what has been made so far.
+    """
 
     def __init__(self, folder: Path | None, models: int) -> None:
-        """Of a store's folder; None if nothing is kept."""
+        """Watch the making of so many models into a store's folder; None if nothing is kept."""
+        self.done = Done()
         self._folder = folder
         self._models = models
-        self._done = 0
-        self._signals = run_folder.Signals()
+        self._signals = Signals()
         self._progress = Progress([_Stage("shadow models", models)])
         self._began = time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self._began
 
     def __enter__(self) -> _Watch:
         self._signals.__enter__()
@@ -445,13 +524,16 @@ class _Watch:
     def __exit__(self, *error: Any) -> None:
         self._progress.__exit__(*error)
         self._signals.__exit__(*error)
+        self.done.seconds = time.perf_counter() - self._began
 
     def __call__(self, seed: int, made: Made) -> None:
-        self._progress.update(0, self._done, {"loss": made.loss})
-        self._done += len(made.loss)
-        if self._signals.number and self._done < self._models:
+        done = self.done
+        self._progress.update(0, done.models, {"loss": made.loss})
+        done.models += len(made.loss)
+        done.seconds = time.perf_counter() - self._began
+        if self._signals.number and done.models < self._models:
             after = f"{self._folder}: go on with --resume" if self._folder else "nothing was kept"
-            raise run_folder.Interrupted(f"stopped in seed {seed}; {after}", self._signals.number)
+            raise Interrupted(f"stopped in seed {seed}; {after}", self._signals.number)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -461,13 +543,28 @@ class _Stage:
     cost: float = 1.0
 
 
-def _save(folder: Path, summary: dict[str, Any]) -> None:
-    text = json.dumps(summary, indent=2, allow_nan=False)
-    write_atomic(folder / store.SUMMARY, text + "\n")
+def _features(config: Config) -> features.Features:
+    """Return the features that models are trained on, which must have classes."""
+    own = features.load(Path(config.features) / config.split)
+    if own.labels.ndim > 1:
+        raise ValueError(f"{config.features}: labels are attributes; classes are needed")
+    if own.labels.min() < 0:
+        raise ValueError(f"{config.features}: labels are negative: {own.labels.min()}")
+    return own
 
 
-def _promised(config: Config, examples: int) -> dict[str, Any] | None:
-    """What the summary says of privacy."""
+def _check_labels(config: Config, drawn: Sets) -> None:
+    kind = config.training.head
+    classes = config.training.classes if kind == "linear" else 2
+    if not 0 <= drawn.labels.min() <= drawn.labels.max() < classes:
+        raise ValueError(
+            f"labels are {drawn.labels.min()} to {drawn.labels.max()}, the {kind} head knows "
+            f"{classes} classes" + (": give sampling.positive" if kind == "binary" else "")
+        )
+
+
+def _promised(config: Training, examples: int) -> dict[str, Any] | None:
+    """Return what the summary says of privacy."""
     if config.privacy is None:
         return None
     steps = config.steps(examples)
@@ -483,8 +580,72 @@ def _promised(config: Config, examples: int) -> dict[str, Any] | None:
 
 
 def _spread(values: np.ndarray) -> dict[str, float | None]:
-    """Of the finite ones."""
+    """Return mean, deviation and largest of the finite values; None where there are none."""
     wide = values[np.isfinite(values)].astype(np.float64)
     if not len(wide):
         return {"mean": None, "std": None, "max": None}
     return {"mean": float(wide.mean()), "std": float(wide.std()), "max": float(wide.max())}
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--plan", action="store_true", help="tell what is to come, and stop")
+    parser.add_argument("--part", metavar="I/N", help="every N-th seed from seed I on")
+    parser.add_argument("--verify", action="store_true", help="read all, and name what is damaged")
+    parser.add_argument("--regenerate", type=int, metavar="S", help="make seed S again")
+
+
+def _load_with_flags(config: Config, flags: argparse.Namespace) -> Production | None:
+    """Do what the flags ask for instead of a run, or return the production that is to run."""
+    if flags.verify:
+        _verify(flags.out)
+        return None
+    folder = None if str(flags.out) == "none" else flags.out
+    part = Part.read(flags.part)
+    if folder is None:
+        config = dataclasses.replace(config, store=False)
+    if part.count > 1 and (not config.store or flags.overwrite):
+        raise ValueError(
+            "several parts share a folder: they need a store, and none may overwrite it"
+        )
+    again = flags.regenerate
+    if again is not None and (not config.store or again % part.count != part.index):
+        again = None  # another part makes it, or there is nothing to make again
+    production = parallel.everywhere(lambda: Production(config, part, again))
+    if flags.plan or folder is None:
+        production.say_plan(folder)
+        if not flags.plan:
+            parallel.say(json.dumps(production.pass_by(None), indent=2))
+        return None
+    flags.resume = flags.resume or part.count > 1 or flags.regenerate is not None
+    return production
+
+
+def _verify(folder: Path) -> None:
+    """Say that everything is sound, or raise ValueError with what is not."""
+    found = store.Store(folder)
+    damaged, missing = found.damaged(), found.missing()
+    if damaged:
+        raise ValueError("\n".join(damaged.values()))
+    parallel.say(f"{folder}: sound, {len(missing)} of {found.metadata.seeds} seeds are missing")
+
+
+def _say(summary: dict[str, Any]) -> str:
+    """Say how many models there are."""
+    made = summary["session"]
+    return f"{summary['models']} models, {made['models']} of them now in {made['seconds']:.0f} s"
+
+
+COMMAND = command.Command(
+    name="train-shadow-models",
+    about=str(__doc__),
+    config=Config,
+    load=Production,
+    summary=Summary,
+    # The metadata last: a removal that is cut leaves a store that can be removed.
+    files=(store.STATISTICS, *(f"{name}/" for name in store.ARRAYS), store.METADATA),
+    say=_say,
+    free=("execution.", "seeds", "validate", "statistics", "store"),
+    less="--execution.chunk with fewer models",
+    flags=_add_flags,
+    load_with_flags=_load_with_flags,
+)

@@ -26,8 +26,16 @@ def plot(
     """Draw one panel per metric over `steps`, as SVG that follows the reader's light or dark mode.
 
     A panel is logarithmic where every finite value is positive and they span a factor of 50 or
-    more. Values that are not finite leave gaps and are counted in the panel's corner. Dashed
-    lines stand at `boundaries`, the first steps of new phases. Needs matplotlib.
+    more. Values that are not finite leave gaps and are counted in the panel's corner.
+
+    Args:
+      metrics: name -> its value at every step.
+      steps: their numbers.
+      title: above all panels.
+      boundaries: first steps of new phases, at which dashed lines stand.
+
+    Raises:
+      ValueError: a metric has more or fewer values than there are steps.
     """
     matplotlib = _matplotlib()
     for name, values in metrics.items():
@@ -116,7 +124,7 @@ def _matplotlib() -> Any:
         import matplotlib
         import matplotlib.figure
     except ImportError as error:
-        raise ImportError("curves need matplotlib: pip install 'jinv[scripts]'") from error
+        raise ImportError("curves need matplotlib: pip install matplotlib") from error
     return matplotlib
 
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 import base64
 import collections
 import dataclasses
+import hashlib
 import html
 import io
 import os
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -107,11 +110,60 @@ class Section:
     intro: str = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """A whole page.
+
+    Attributes:
+      title: its heading.
+      sections: its parts.
+      lead: what it shows, in a sentence under the heading.
+    """
+
+    title: str
+    sections: Sequence[Section]
+    lead: str = ""
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the page as one self-contained HTML file, see `write_html`."""
+        write_html(path, self.title, self.sections, lead=self.lead)
+
+
+def ending(
+    summary: Mapping[str, Any], machine: Mapping[str, str], config: str, **more: str
+) -> list[Section]:
+    """Return the sections that close the page of a run: hardware and time, the config.
+
+    Args:
+      summary: of the run, with the keys of every summary.
+      machine: what it ran on.
+      config: as YAML.
+      **more: further rows of the table.
+    """
+    timing = {
+        "seconds": f"{summary['seconds']:.1f}",
+        "seconds a step": f"{summary['seconds_per_step']:.4f}",
+        "seconds compiling": f"{summary['compile_seconds']:.1f}",
+        **more,
+    }
+    table = Table(("", "value"), tuple((dict(machine) | timing).items()))
+    return [Section("Hardware and time", table), Section("Config", Text(config))]
+
+
+def cell(values: Sequence[float | None]) -> str:
+    """Return "0.75", or "0.75 ± 0.05" for several trials; "" where there is nothing."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    mean = f"{np.mean(known):.3g}"
+    return mean if len(known) == 1 else f"{mean} ± {np.std(known, ddof=1):.2g}"
+
+
 # Files --------------------------------------------------------------------------------------------
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """Uint8 pixels (H, W, 1 or 3) as a PNG file's bytes."""
+    """Return uint8 pixels (H, W, 1 or 3) as a PNG file's bytes; ValueError for any others."""
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3):
         raise ValueError(f"want uint8 (H, W, 1 or 3), not {pixels.dtype} {pixels.shape}")
     buffer = io.BytesIO()
@@ -124,6 +176,22 @@ def png(pixels: np.ndarray) -> bytes:
 def write_png(path: str | os.PathLike[str], pixels: np.ndarray) -> None:
     """Write uint8 pixels (H, W, 1 or 3) as a PNG file, whole or not at all."""
     write_atomic(path, png(pixels))
+
+
+def write_pngs(folder: Path, pictures: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """Write pictures into a folder; return their sha256 by name.
+
+    Args:
+      folder: where the names begin.
+      pictures: file name, such as "images/000.png" -> uint8 pixels (H, W, 1 or 3).
+    """
+    digests = {}
+    for name, pixels in pictures.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        encoded = png(pixels)
+        write_atomic(folder / name, encoded)
+        digests[name] = hashlib.sha256(encoded).hexdigest()
+    return digests
 
 
 def read_png(path: str | os.PathLike[str]) -> np.ndarray:
@@ -206,6 +274,12 @@ def write_html(
 
     Every text is escaped. Pictures are embedded as PNG, so a page of 84 pictures of 224 px stays
     below 20 MB whatever they show.
+
+    Args:
+      path: of the file.
+      title: the page's heading.
+      sections: its parts.
+      lead: what the page shows, in a sentence under the heading.
     """
     links = [f'<a href="#s{i}">{_text(s.title)}</a>' for i, s in enumerate(sections)]
     parts = [

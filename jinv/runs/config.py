@@ -3,21 +3,74 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import difflib
+import importlib.resources
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
+import dacite
 import yaml
 
 T = TypeVar("T")
+
+CHANGED = {
+    "optimiser": "is now called `optimizer`, as in optax",
+    "checkpoint_every": "is now `checkpoint_seconds`, a time: every so many seconds",
+    "stack": "is gone: networks of one architecture are computed like any others, which is faster",
+}
+"""What has become of keys that configs and command lines once had."""
+_RENAMED, _GONE = {"optimiser": "optimizer"}, ("checkpoint_every", "stack")
 
 
 class ConfigError(ValueError):
     """A recipe that cannot be read, with the file and the key to blame."""
 
 
+def find(name: str | Path) -> Path:
+    """Return the file of this name, or the shipped recipe: `demo`, `demo.yaml`.
+
+    Raises:
+      ConfigError: there is neither.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = shipped_recipes()
+    stem = path.name.removesuffix(".yaml")
+    if path.parent in (Path(), Path("configs")) and stem in shipped:
+        return shipped[stem]
+    near = difflib.get_close_matches(stem, shipped, 3)
+    advice = f"; did you mean {' or '.join(near)}?" if near else "; `jinv configs` lists those"
+    raise ConfigError(f"there is no file {name}, nor a recipe of that name{advice}")
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Return the recipes that come with jinv by name."""
+    return {path.stem: path for path in sorted(_recipes_folder().glob("*.yaml"))}
+
+
+def _recipes_folder() -> Path:
+    """Return `configs/`: beside the package in a checkout, inside it in an installed wheel."""
+    package = Path(str(importlib.resources.files("jinv")))
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def first_line(path: Path) -> str:
+    """Return a recipe's first comment, which says what it is."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#") and line.strip("# "):
+            return line.strip("# ")
+    return ""
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The file's mapping; YAML is loaded safely, so it cannot make Python objects."""
+    """Return the file's mapping; YAML is loaded safely, so it cannot make Python objects.
+
+    Raises:
+      ConfigError: there is no such file, or it holds something else.
+    """
     try:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -28,20 +81,75 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def build(cls: type[T], tree: Mapping[str, Any]) -> T:
-    """A (nested) dataclass from a tree of plain values, checked against the annotations."""
-    import dacite  # in the `scripts` extra
+    """Return a (nested) dataclass made of plain values, checked against the annotations.
 
+    Raises:
+      ConfigError: an unknown key, a wrong type, or a value that the dataclass refuses.
+    """
     settings = dacite.Config(strict=True, cast=[tuple], type_hooks={float: _number})
     try:
         return dacite.from_dict(cls, tree, settings)
+    except dacite.UnexpectedDataError as error:
+        raise ConfigError(_unknown(sorted(map(str, error.keys)), cls)) from None
     except dacite.DaciteError as error:
         raise ConfigError(str(error)) from None
     except RecursionError:
         raise ConfigError("the config refers to itself") from None
 
 
+def check_flags(flags: Iterable[str]) -> None:
+    """Refuse flags of the command line that are called otherwise now.
+
+    Raises:
+      ConfigError: says what they are called.
+    """
+    for flag in flags:
+        if flag.startswith("--"):
+            name = flag.partition("=")[0]
+            key = name[2:].rpartition(".")[2].replace("-", "_")
+            if key in CHANGED:
+                raise ConfigError(f"{name} {CHANGED[key]}")
+
+
+def modern(tree: Any) -> Any:
+    """Return a plain tree of an older version with the keys that it would have now."""
+    if isinstance(tree, Mapping):
+        renamed = {_RENAMED.get(key, key): modern(value) for key, value in tree.items()}
+        return {key: value for key, value in renamed.items() if key not in _GONE}
+    return [modern(value) for value in tree] if isinstance(tree, list) else tree
+
+
+def _unknown(keys: Sequence[str], cls: type) -> str:
+    told = []
+    for key in keys:
+        near = difflib.get_close_matches(key, set(_fields(cls)), 1)
+        advice = f": did you mean {near[0]!r}?" if near else ""
+        told.append(
+            f"`{key}` {CHANGED[key]}" if key in CHANGED else f"there is no key {key!r}{advice}"
+        )
+    return "; ".join(told)
+
+
+def _fields(cls: type) -> Iterator[str]:
+    """Yield the names of all fields of a dataclass and of those inside it."""
+    hints = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        yield field.name
+        for inner in (hints[field.name], *get_args(hints[field.name])):
+            if isinstance(inner, type) and dataclasses.is_dataclass(inner):
+                yield from _fields(inner)
+
+
 def with_preset(tree: Mapping[str, Any], presets: Mapping[str, Any]) -> dict[str, Any]:
-    """A tree whose `attack: {preset: NAME, ...}` has all keys of that preset, its own on top."""
+    """Return a tree in which `attack: {preset: NAME, ...}` is that preset with its own keys on top.
+
+    Args:
+      tree: of a recipe.
+      presets: name -> config of the attack.
+
+    Raises:
+      ConfigError: no preset has that name.
+    """
     attack = tree.get("attack")
     if not isinstance(attack, dict) or "preset" not in attack:
         return dict(tree)
@@ -65,7 +173,7 @@ def _number(value: Any) -> Any:
 
 
 def plain(config: Any) -> Any:
-    """The config as plain lists, dicts and values; `build` reads it back."""
+    """Return the config as plain lists, dicts and values; `build` reads it back."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         return {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
     if isinstance(config, Mapping):
@@ -76,12 +184,12 @@ def plain(config: Any) -> Any:
 
 
 def to_yaml(config: Any) -> str:
-    """The config as YAML text."""
+    """Return the config as YAML text."""
     return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
 
 
 def differences(left: Mapping[str, Any], right: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys whose values differ between two plain trees."""
+    """Return the dotted keys whose values differ between two plain trees, with both values."""
     found: list[str] = []
     for key in sorted({*left, *right}):
         a, b = left.get(key), right.get(key)

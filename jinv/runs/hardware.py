@@ -9,10 +9,24 @@ import platform
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
+
+VERSIONS = ("python", "jax", "jaxlib", "flax", "jinv")
+
+
+def of_mesh(mesh: Mesh) -> str:
+    """Return number and kind of a mesh's devices: "4 x NVIDIA H100"."""
+    return f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a summary names."""
+    python = {"python": platform.python_version()}
+    return python | {name: _version(name) for name in VERSIONS[1:]}
 
 
 def describe() -> dict[str, str]:
-    """Name what a run ran on: devices, processor, memory, system, versions of software."""
+    """Return what a run ran on: devices, processor, memory, system, versions of software."""
     kinds = collections.Counter(device.device_kind for device in jax.devices())
     return {
         "devices": ", ".join(f"{count} x {kind}" for kind, count in kinds.items()),
@@ -20,8 +34,7 @@ def describe() -> dict[str, str]:
         "cores": str(_cores()),
         "memory": _memory(),
         "os": platform.platform(),
-        "python": platform.python_version(),
-        **{name: _version(name) for name in ("jax", "jaxlib", "flax", "jinv")},
+        **versions(),
     }
 
 

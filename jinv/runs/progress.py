@@ -36,7 +36,7 @@ class Stage(Protocol):
 
     @property
     def cost(self) -> float:
-        """Of a step, relative to those of other stages."""
+        """Cost of a step, relative to those of other stages."""
 
 
 class Progress:

@@ -9,71 +9,60 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
-
-import numpy as np
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jinv import parallel
 from jinv.reports import page
 from jinv.runs import config as configs
-from jinv.runs import run_folder
-
-Value = Callable[[Mapping[str, Any]], float | None]
-"""Reads a number off a summary."""
+from jinv.runs.command import Command, Loaded
+from jinv.runs.run_folder import CHECKPOINTS, FolderError, RunFolder
+from jinv.runs.signals import Interrupted
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One run of a study: its variant's name, its folder below the study's, its recipe."""
+    """One run of a study.
+
+    Attributes:
+      variant: name of its variant, "" without variants.
+      folder: its folder below the study's, "" for a single run.
+      config: its config.
+    """
 
     variant: str
     folder: str
-    recipe: Any
+    config: Any
 
     @property
     def title(self) -> str:
-        """In the study's page."""
+        """Its name in the study's page."""
         return " ".join(filter(None, (title(self.variant), *self.folder.split("/")[1:])))
 
 
-class Runnable(Protocol):
-    """A recipe with everything loaded."""
-
-    def run(self, run: run_folder.Session) -> dict[str, Any]:
-        """Do it, write the results, return the summary."""
-
-
-Compare = Callable[[Sequence[Run], Sequence[dict[str, Any]], run_folder.Session], None]
-"""(runs, their summaries, the study's folder): writes the page, and calls `finish`."""
-
-
 def runs(
-    recipe: Any,
-    variants: Mapping[str, Mapping[str, Any]],
-    recipe_from: Callable[[dict[str, Any]], Any],
+    command: Command, config: Any, variants: Mapping[str, Mapping[str, Any]] = {}
 ) -> list[Run]:
-    """All runs, variant by variant.
+    """Return all runs of a config, variant by variant; a single one is in the folder "".
 
     Args:
-      recipe: what they share; it has `seed`, `trials` and `attack`.
+      command: of the runs.
+      config: what they share; it has `seed` and `trials` if the command has studies.
       variants: name -> a tree of keys to replace; mappings are merged, lists replaced.
-      recipe_from: makes a recipe of a tree.
 
     Raises:
-      ConfigError: a variant that makes no recipe.
+      ConfigError: a variant that makes no config, or no folder.
     """
+    if command.compare is None:
+        if variants:
+            raise configs.ConfigError(f"`jinv {command.name}` has no variants")
+        return [Run("", "", config)]
     found = []
     for name, changes in variants.items() or [("", {})]:
-        base = configs.plain(recipe)
-        if "preset" in (changes.get("attack") or {}):
-            base.pop("attack")  # the preset takes the place of all its keys
-        try:
-            changed = recipe_from(_merged(base, changes))
-        except ValueError as error:
-            raise configs.ConfigError(f"variant {name!r}: {error}") from None
+        changed = _changed(command, config, name, changes)
         slug = re.sub(r"[^A-Za-z0-9_.+-]+", "-", name).strip("-.")
-        if (name and not slug) or slug in run_folder.FOLDERS:
+        taken = {f.rstrip("/") for f in (CHECKPOINTS, *command.files)}
+        if (name and not slug) or slug in taken:
             raise configs.ConfigError(f"variant {name!r} cannot name a folder: use other letters")
         for trial in range(changed.trials):
             folder = "/".join(filter(None, (slug, f"trial_{trial}" if changed.trials > 1 else "")))
@@ -85,7 +74,17 @@ def runs(
     return found
 
 
-_LEAVES = ("optimizer_args",)  # of one optimiser; another takes others
+def _changed(command: Command, config: Any, name: str, changes: Mapping[str, Any]) -> Any:
+    base = configs.plain(config)
+    if "preset" in (changes.get("attack") or {}):
+        base.pop("attack")  # the preset takes the place of all its keys
+    try:
+        return command.recipe_from(_merged(base, changes))
+    except ValueError as error:
+        raise configs.ConfigError(f"variant {name!r}: {error}") from None
+
+
+_LEAVES = ("optimizer_args",)  # of one optimizer; another takes others
 
 
 def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,65 +96,80 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
     return merged
 
 
+def load(command: Command, chosen: Sequence[Run]) -> list[Loaded]:
+    """Return all runs, loaded: a mistake in any of them stops all.
+
+    Trials of a variant share what their seeds do not decide.
+
+    Raises:
+      ValueError: the mistake, in every process if one process has it.
+    """
+    first: dict[str, Loaded] = {}
+
+    def one(run: Run) -> Loaded:
+        if run.variant in first:
+            return first[run.variant].with_seed(run.config.seed)
+        return first.setdefault(run.variant, command.load(run.config))
+
+    return [parallel.everywhere(lambda: one(run)) for run in chosen]  # noqa: B023
+
+
 def execute(
+    command: Command,
     chosen: Sequence[Run],
-    whole: run_folder.Session,
-    prepare: Callable[[Any], Runnable],
-    compare: Compare,
-    *,
-    resume: bool,
-    overwrite: bool,
+    loaded: list[Loaded],
+    whole: RunFolder,
+    **how: bool,
 ) -> None:
     """Run what is not finished, then write the study's page and summary.
 
     Args:
+      command: of the runs.
       chosen: the runs.
+      loaded: the same, loaded; each is dropped once it is done.
       whole: the study's own folder.
-      prepare: loads what a recipe needs.
-      compare: writes the page and the summary.
-      resume, overwrite: as of a session.
+      **how: `resume` or `overwrite`, for all folders.
 
     Raises:
-      Interrupted, NonFiniteError: of the run that was going; finished ones are kept.
+      Interrupted, NonFiniteError: in the run that was going; finished ones are kept.
     """
     # All at once, so that overwriting leaves no old run for a later --resume to take for new.
-    sessions = [
-        run_folder.Session(
-            whole.folder / run.folder,
-            configs.plain(run.recipe),
-            run.recipe.run,
-            resume=resume,
-            overwrite=overwrite,
-        )
-        for run in chosen
-    ]
-    for run, own in zip(chosen, sessions, strict=True):
+    folders = [command.folder(whole.path / run.folder, run.config, **how) for run in chosen]
+    for run, own in zip(chosen, folders, strict=True):
+        trial = loaded.pop(0)
         parallel.say(f"{run.folder}{': finished already' if own.finished else ''}")
         if not own.finished:
-            prepare(run.recipe).run(own)
+            trial.run(own)
         if own.interrupted:
-            raise run_folder.Interrupted(
-                f"{whole.folder}: stopped after {run.folder}; go on with --resume", own.interrupted
+            raise Interrupted(
+                f"{whole.path}: stopped after {run.folder}; go on with --resume", own.interrupted
             )
-    parallel.on_main(
-        lambda: compare(chosen, [own.read_summary() for own in sessions], whole),
-        run_folder.SessionError,
-    )
+    assert command.compare is not None
+    compare = command.compare
+    summaries = [own.read_summary() for own in folders] if parallel.is_main() else []
+    parallel.on_main(lambda: compare(chosen, summaries, whole), FolderError)
 
 
 def finish(
-    whole: run_folder.Session,
+    whole: RunFolder,
     chosen: Sequence[Run],
     summaries: Sequence[dict[str, Any]],
-    heading: str,
-    lead: str,
-    sections: Sequence[page.Section],
+    told: page.Page,
     found: Mapping[str, Any],
 ) -> None:
-    """Write report.html, with the config at its end, and the summary with what was found."""
-    config = (whole.folder / "config.yaml").read_text()
+    """Write a study's page, with the config at its end, and its summary.
+
+    Args:
+      whole: the study's folder.
+      chosen: the runs.
+      summaries: theirs.
+      told: the page.
+      found: keys of the summary besides `runs` and `seconds`.
+    """
+    config = (whole.path / "config.yaml").read_text()
     ending = page.Section("Config", page.Text(config))
-    page.write_html(whole.folder / "report.html", heading, [*sections, ending], lead=lead)
+    whole_page = dataclasses.replace(told, sections=[*told.sections, ending])
+    whole_page.write(whole.path / "report.html")
     whole.finish(
         {
             "runs": {run.folder: s for run, s in zip(chosen, summaries, strict=True)},
@@ -165,27 +179,6 @@ def finish(
     )
 
 
-def at(*keys: str) -> Value:
-    """Reads a summary's value, None where it has none."""
-
-    def value(summary: Mapping[str, Any]) -> float | None:
-        found: Any = summary
-        for key in keys:
-            found = found.get(key) if found is not None else None
-        return found
-
-    return value
-
-
 def title(variant: str) -> str:
-    """Of a variant in tables."""
+    """Return a variant's name in tables."""
     return variant or "trials"
-
-
-def cell(values: Sequence[float | None]) -> str:
-    """ "0.75", or "0.75 ± 0.05" of several trials; empty where there is nothing."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return ""
-    mean = f"{np.mean(known):.3g}"
-    return mean if len(known) == 1 else f"{mean} ± {np.std(known, ddof=1):.2g}"

@@ -36,7 +36,7 @@ def ssim(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
     try:
         from skimage.metrics import structural_similarity
     except ImportError as error:
-        raise ImportError("SSIM needs scikit-image: pip install 'jinv[scripts]'") from error
+        raise ImportError("SSIM needs scikit-image: pip install scikit-image") from error
     check_pairs(found, truth)
     height, width = found.shape[1:3]
     if min(height, width) < SSIM_WINDOW:
@@ -88,6 +88,9 @@ def match(
       truth: originals.
       labels_found: (K,) classes of the reconstructions.
       labels_truth: (K,) classes of the originals.
+
+    Raises:
+      ValueError: images or labels that make no pairs.
     """
     check_pairs(found, truth)
     costs = np.square(judging.pixel_distances(truth, found))
@@ -124,6 +127,9 @@ def identifiable(
         images of the same distribution.
       features: what images are compared by (cosine); is given at most K images at a time. By
         default the squared error of pixels.
+
+    Raises:
+      ValueError: fewer candidates than reconstructions, or images of other shapes.
     """
     _check_pixels(found, "reconstructions")
     _check_pixels(candidates, "candidates")

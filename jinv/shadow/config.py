@@ -70,7 +70,7 @@ class Privacy:
         return 1 - 1 / examples if self.sampling is None else self.sampling
 
     def expected(self, examples: int) -> float:
-        """Of so many, how many take part in a step on average."""
+        """Return how many of so many examples take part in a step on average."""
         return self.probability(examples) * examples
 
 
@@ -127,7 +127,7 @@ class Config:
             raise ValueError("with privacy examples are sampled one by one: set no batch")
 
     def steps(self, examples: int) -> int:
-        """Of a whole training."""
+        """Return the number of steps of a whole training on so many examples."""
         return self.epochs * -(-examples // min(self.batch or examples, examples))
 
 

@@ -20,7 +20,14 @@ def descend(
     gradient: Callable[[Parameters, Array], Parameters],
     steps: int,
 ) -> Parameters:
-    """So many steps of the optimizer along `gradient(parameters, step)`."""
+    """Return the parameters after some steps of an optimizer.
+
+    Args:
+      optimizer: any optax transformation.
+      start: the parameters before.
+      gradient: (parameters, number of the step) -> gradient.
+      steps: how many.
+    """
 
     def step(carry: Any, t: Array) -> tuple[Any, None]:
         parameters, state = carry
@@ -68,6 +75,13 @@ def normal_like(key: Array, tree: Parameters) -> Parameters:
 
 
 def noised(privacy: Privacy, total: Parameters, normal: Parameters, examples: int) -> Parameters:
-    """The private gradient: (sum of clipped gradients + noise) / expected examples."""
+    """Return the private gradient: (sum of clipped gradients + noise) / expected examples.
+
+    Args:
+      privacy: clip, noise and sampling.
+      total: sum of the clipped gradients.
+      normal: standard normal numbers, a tree like it.
+      examples: N, in the training set.
+    """
     expected = privacy.expected(examples)
     return jax.tree.map(lambda g, n: (g + privacy.deviation * n) / expected, total, normal)

@@ -16,7 +16,8 @@ import io
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -100,7 +101,13 @@ def extract(
     interpolation: Interpolation = "bicubic",
     dtype: DType = "float32",
 ) -> Features:
-    """All features of a data set, in memory; see `blocks`."""
+    """Return all features of a data set, in memory.
+
+    Args:
+      net: whose features.
+      dataset: the images.
+      batch, mesh, images_size, interpolation, dtype: see `blocks`.
+    """
     how: dict[str, Any] = {"interpolation": interpolation, "dtype": dtype}
     found = blocks(net, dataset, batch=batch, mesh=mesh, images_size=images_size, **how)
     parts = [block.arrays() for block in found]
@@ -157,22 +164,11 @@ def blocks(
     if start >= len(dataset):
         return
     resized = images_size if images_size not in (None, 0, *_square(dataset.images)) else None
-
-    def program(variables: Variables, images: Array) -> tuple[Array, Array | None]:
-        seen = image.resize_bytes(images, net.preprocessing.size, interpolation)
-        normalised = image.from_bytes(seen, net.preprocessing).astype(dtype)
-        outputs = net.apply(variables, normalised)
-        assert outputs.features is not None
-        kept = image.resize_bytes(images, resized, interpolation) if resized else None
-        return outputs.features.astype(jnp.float32), kept
-
+    shape = (batch, *dataset.images.shape[1:])
     began = time.perf_counter()
     variables = parallel.put(mesh, PartitionSpec(), net.variables)
     spread = PartitionSpec(parallel.BATCH)
-    example = jax.ShapeDtypeStruct(
-        (batch, *dataset.images.shape[1:]), np.uint8, sharding=NamedSharding(mesh, spread)
-    )
-    compiled = jax.jit(program).lower(variables, example).compile()
+    compiled = _compiled(net, variables, shape, mesh, resized, interpolation, dtype)
     clock.compiling += time.perf_counter() - began
 
     def fetched(first: int, outputs: Any) -> Block:
@@ -200,6 +196,38 @@ def blocks(
         if block is not None:
             clock.steps += 1
             yield block
+
+
+# Splits of one data set share a program, which lives as long as its network.
+_PROGRAMS: weakref.WeakKeyDictionary[Net, dict[Any, Callable]] = weakref.WeakKeyDictionary()
+
+
+def _compiled(
+    net: Net,
+    variables: Variables,
+    shape: tuple[int, ...],
+    mesh: Mesh,
+    resized: int | None,
+    interpolation: Interpolation,
+    dtype: DType,
+) -> Callable[[Variables, Array], tuple[Array, Array | None]]:
+    """Return (variables, bytes) -> (features, images of the size that is kept), compiled."""
+    known = _PROGRAMS.setdefault(net, {})
+    wanted = (shape, mesh, resized, interpolation, dtype)
+    if wanted not in known:
+        apply, space = net.apply, net.preprocessing  # not the network, which would keep itself
+
+        def program(variables: Variables, images: Array) -> tuple[Array, Array | None]:
+            seen = image.resize_bytes(images, space.size, interpolation)
+            outputs = apply(variables, image.from_bytes(seen, space).astype(dtype))
+            assert outputs.features is not None
+            kept = image.resize_bytes(images, resized, interpolation) if resized else None
+            return outputs.features.astype(jnp.float32), kept
+
+        spread = NamedSharding(mesh, PartitionSpec(parallel.BATCH))
+        example = jax.ShapeDtypeStruct(shape, np.uint8, sharding=spread)
+        known[wanted] = jax.jit(program).lower(variables, example).compile()
+    return known[wanted]
 
 
 def check(net: Net, dataset: Dataset) -> None:
@@ -306,7 +334,7 @@ def load(folder: str | Path, *, verify: bool = True) -> Features:
     """The features of a folder as read-only memory maps.
 
     Args:
-      folder: that `Features.save` or scripts/extract_features.py wrote.
+      folder: that `Features.save` or `jinv extract-features` wrote.
       verify: read all files and compare their sha256, not only their sizes.
 
     Raises:

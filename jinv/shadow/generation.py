@@ -30,10 +30,11 @@ core's caches hold (twice as fast as eight times as many), or enough to keep a G
 
 
 def make_generate(train: Train, mesh: Mesh | None = None) -> Generate:
-    """A compiled function that trains S shadow models at once, memory in proportion to S.
+    """Return a compiled function that trains S shadow models at once.
 
-    The shadow at position p of a seed draws from `fold_in(key, p)`, where the key is that seed's:
-    it is the same in whatever company it is trained, but for rounding.
+    Its memory grows with S. The shadow at position p of a seed draws from `fold_in(key, p)`, where
+    the key is that seed's. So it does not depend on which others are trained with it, except for
+    rounding.
 
     Args:
       train: of one, see `make_train`.
@@ -121,8 +122,8 @@ class Factory:
       examples: N, of a training set.
       key: with a seed's number folded in, that seed's.
       dtype: of the weights.
-      restarts: see there.
-      execution: see there.
+      restarts: which of them are trained again; None for none.
+      execution: devices and chunk.
 
     Raises:
       ValueError: the devices cannot share a chunk evenly.

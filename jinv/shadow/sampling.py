@@ -6,10 +6,13 @@ position) and its images need not be kept with its weights.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
+
+from jinv import checks
 
 
 class Sets(NamedTuple):
@@ -68,9 +71,16 @@ def relabelled(labels: np.ndarray, positive: Sequence[int] | None) -> np.ndarray
 
 
 def random_labels(count: int, seed: int, class_size: int, sets: int, classes: int) -> Sets:
-    """Sets out of `count` examples whose own classes do not matter, labelled at random.
+    """Return sets of examples whose own classes do not matter, labelled at random.
 
     Every label is given `class_size` times in a set: out-of-distribution shadows.
+
+    Args:
+      count: number of examples there are.
+      seed: of the permutation.
+      class_size: examples of each label in a set.
+      sets: how many sets.
+      classes: number of labels.
 
     Raises:
       ValueError: there are too few examples.
@@ -135,3 +145,41 @@ def _few(count: int, wanted: int, *seed: int) -> np.ndarray:
             if len(found) < wanted:
                 found.setdefault(int(raw) % count)
     return np.fromiter(found, np.int64, wanted)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Which examples a shadow model is trained on.
+
+    Attributes:
+      kind: "balanced", as many of every class; "random_labels", out of distribution;
+        "one_against_many", one person against others, where labels say who is in an image.
+      class_size: examples of each class, or of the person.
+      sets: shadow models a seed.
+      positive: of "balanced": classes that get label 1, all others 0; by default labels are kept.
+      classes: of "random_labels".
+      others: of "one_against_many": images of others for each of the person's.
+    """
+
+    kind: Literal["balanced", "random_labels", "one_against_many"] = "balanced"
+    class_size: int = 1
+    sets: int = 5120
+    positive: tuple[int, ...] | None = None
+    classes: int = 10
+    others: int = 9
+
+    def __post_init__(self) -> None:
+        checks.words(self)
+        others = {"balanced": "positive", "random_labels": "classes", "one_against_many": "others"}
+        del others[self.kind]
+        checks.unused(self, f"kind is {self.kind!r}", *others.values())
+        if min(self.class_size, self.sets, self.classes, self.others) < 1:
+            raise ValueError("class_size, sets, classes and others must be at least 1")
+
+    def draw(self, labels: np.ndarray, seed: int) -> Sets:
+        """Return the training sets of a seed."""
+        if self.kind == "balanced":
+            return balanced(labels, seed, self.class_size, self.sets, self.positive)
+        if self.kind == "random_labels":
+            return random_labels(len(labels), seed, self.class_size, self.sets, self.classes)
+        return one_against_many(labels, seed, self.class_size, self.sets, self.others)

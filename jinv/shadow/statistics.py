@@ -20,7 +20,7 @@ _SMALL = 2**16
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """Of n weight vectors x of P coordinates.
+    """What n weight vectors x of P coordinates have in common.
 
     Attributes:
       count: n.
@@ -75,7 +75,7 @@ class Statistics:
 
 
 def of(weights: np.ndarray, *, covariance: bool = True) -> Statistics:
-    """Of a batch (B, P).
+    """Return the statistics of a batch of weight vectors (B, P); ValueError if B is 0.
 
     The covariance's products are computed on the device, if that is no CPU.
     """
@@ -112,7 +112,7 @@ def _products(apart: jax.Array) -> jax.Array:
 
 
 def merged(a: Statistics, b: Statistics) -> Statistics:
-    """Of all vectors of both (Chan, Golub and LeVeque, 1979)."""
+    """Return the statistics of all vectors of both (Chan, Golub and LeVeque, 1979)."""
     count = a.count + b.count
     difference = b.mean - a.mean
     weight = a.count * b.count / count

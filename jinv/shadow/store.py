@@ -55,7 +55,7 @@ class Layout:
 
     @classmethod
     def of(cls, parameters: Mapping[str, Any]) -> Layout:
-        """Of arrays or their shapes."""
+        """Return the layout of a head's arrays, or of their shapes."""
         return cls(tuple((name, tuple(parameters[name].shape)) for name in sorted(parameters)))
 
     @property
@@ -113,7 +113,7 @@ class Metadata:
 
     @property
     def seed_bytes(self) -> int:
-        """Of a seed's weights."""
+        """Bytes of a seed's weights."""
         return self.sets * self.layout.size * (2 if self.dtype == "bfloat16" else 4)
 
 
@@ -170,7 +170,12 @@ class Store:
     def write(
         self, seed: int, weights: np.ndarray, loss: np.ndarray, attempts: np.ndarray
     ) -> Callable[[], None]:
-        """Write a seed: weights (sets, P), loss and attempts (sets,).
+        """Write a seed.
+
+        Args:
+          seed: its number.
+          weights: (sets, P).
+          loss, attempts: (sets,).
 
         Returns:
           A function that waits until it is there. Let `weights` alone until then.
@@ -287,15 +292,20 @@ def _open(folder: Path, told: Metadata, name: str, *, create: bool = False) -> A
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """What a folder's store holds; StoreError if there is none, or it is damaged."""
+    """Return what a folder's store holds.
+
+    Raises:
+      StoreError: there is none, or it is damaged.
+    """
     path = folder / METADATA
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
         if told["version"] != VERSION:
             raise ValueError(f"its version is {told['version']}, this program's {VERSION}")
         shapes = tuple((str(name), tuple(map(int, shape))) for name, shape in told["layout"])
+        origin = configs.modern(told["origin"])
         found = Metadata(
-            Layout(shapes), int(told["sets"]), int(told["seeds"]), told["dtype"], told["origin"]
+            Layout(shapes), int(told["sets"]), int(told["seeds"]), told["dtype"], origin
         )
         lengths = [found.sets, found.seeds, *(n for _, shape in shapes for n in shape)]
         if found.dtype not in ("float32", "bfloat16") or not all(0 < n < _MANY for n in lengths):

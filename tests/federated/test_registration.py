@@ -79,7 +79,7 @@ def test_optical_flow_bends_an_image_back() -> None:
 def test_a_registration_of_ones_own_joins_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registration, "REGISTRATIONS", dict(registration.REGISTRATIONS))
     assert list(registration.REGISTRATIONS) == ["none", "shift", "flow"]
-    registration.register_method("stay", lambda images, reference: images)
+    registration.register("stay", lambda images, reference: images)
     assert "stay" in registration.REGISTRATIONS
     with pytest.raises(ValueError, match="a new registration cannot be called 'shift'"):
-        registration.register_method("shift", registration.to_reference)
+        registration.register("shift", registration.to_reference)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,14 @@ import yaml
 from PIL import Image
 
 import tiny
-from conftest import ROOT
 from jinv import data, image, models, optimise, parallel
 from jinv.data import Dataset
 from jinv.image import Preprocessing
 from jinv.net import Net
 from jinv.recipes import extract_features
-from jinv.runs import run_folder
+from jinv.runs import command_line, signals
 from jinv.shadow import features
 from jinv.shadow.features import Features
-
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import extract_features as script  # found through the path above
 
 SUMMARY_KEYS = {
     *("network", "data", "classes", "preprocessing", "device", "features", "image", "images"),
@@ -141,10 +135,10 @@ def test_devices_share_a_batch(run_python: Any) -> None:
     """Four devices find what one does, to the last batch that they do not fill."""
     code = """
 import json, sys
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/recipes"]
 import jax, numpy as np
 import tiny
-from test_features import dataset, extract
+from test_extract_features import dataset, extract
 from jinv import parallel, training
 
 one = parallel.mesh(parallel.BATCH, jax.devices()[:1])
@@ -363,7 +357,7 @@ def write(folder: Path, change: dict[str, Any]) -> Path:
 
 
 def run(*args: Any) -> int:
-    return script.main([str(arg) for arg in args])
+    return command_line.main(extract_features.COMMAND, [str(arg) for arg in args])
 
 
 @pytest.fixture(scope="module")
@@ -421,12 +415,12 @@ def test_stopped_and_resumed_equals_uninterrupted(
     """A signal in the first split, at the end of it, in the second; the very same files."""
     out, answers = tmp_path / "out", []
 
-    def heard(self: run_folder.Signals) -> bool:
+    def heard(self: signals.Signals) -> bool:
         answers.append(True)
         return len(answers) >= asked
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_folder.Signals, "__call__", heard)
+        patch.setattr(signals.Signals, "__call__", heard)
         assert run("--config", recipe, "--out", out) == 143
     assert not (out / "summary.json").exists()
     assert (out / "train").exists() == (asked >= 7)
@@ -453,7 +447,7 @@ def test_killed_and_resumed_equals_uninterrupted(
 
     saved = 0.0 if blocks != 3 else 1e9
     with monkeypatch.context() as patch:
-        patch.setattr(extract_features, "SAVE_EVERY", saved)
+        patch.setattr(extract_features, "CHECKPOINT_SECONDS", saved)
         patch.setattr(features.Writer, "add", killed)
         with pytest.raises(SystemExit):
             run("--config", recipe, "--out", out)

@@ -18,11 +18,8 @@ import yaml
 from PIL import Image
 
 from conftest import CACHE, ROOT
-from jinv.runs import run_folder
-
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import invert  # a script: found through the path above
+from jinv.recipes import invert
+from jinv.runs import command_line, signals
 
 SUMMARY_KEYS = {
     *("model", "device", "placement", "steps", "images", "targets", "seconds", "seconds_per_step"),
@@ -30,9 +27,10 @@ SUMMARY_KEYS = {
     *("confidence", "agreement", "diversity"),
 }
 
+SMALL = {"model": "tiny:network", "classes": 10, "name": "small"}
 RECIPE: dict[str, Any] = {
-    "networks": [{"model": "resnet20_cifar", "weights": "random"}],
-    "judges": [{"model": "resnet20_cifar", "weights": "random", "name": "judge"}],
+    "networks": [SMALL],
+    "judges": [SMALL | {"name": "judge"}],
     "images": 4,
     "labels": [3, 5],
     "size": 16,
@@ -43,7 +41,7 @@ RECIPE: dict[str, Any] = {
             {"steps": 7, "jitter": 2, "tv_l2": 1e-3},
         ],
     },
-    "run": {"chunk": 2, "pictures_every": 4, "scores_every": 5, "checkpoint_every": 3},
+    "run": {"chunk": 2, "pictures_every": 4, "scores_every": 5, "checkpoint_seconds": 0},
 }
 
 
@@ -59,7 +57,7 @@ def write(folder: Path, tree: dict[str, Any], name: str = "recipe.yaml") -> Path
 
 
 def run(*args: Any) -> int:
-    return invert.main([str(arg) for arg in args])
+    return command_line.main(invert.COMMAND, [str(arg) for arg in args])
 
 
 def images(out: Path) -> dict[str, bytes]:
@@ -79,7 +77,7 @@ def test_writes_what_it_promises(finished: Path) -> None:
     assert set(summary) == SUMMARY_KEYS
     assert summary["targets"] == [3, 5, 3, 5]
     assert summary["steps"] == 13
-    assert set(summary["top1"]) == {"resnet20_cifar", "judge"}
+    assert set(summary["top1"]) == {"small", "judge"}
     assert set(summary["terms"]) == {"label", "batch_norm", "tv_l2", "l2"}
     assert list(images(finished)) == [
         "000_class003_cat.png",
@@ -164,15 +162,11 @@ def test_overrides_reach_the_run(tmp_path: Path, recipe: Path) -> None:
         ({"attack": {"adaptive": 0.2}}, "competitor"),
         ({"execution": {"devices": 99}}, "99 devices"),
         (
-            {
-                "judges": [
-                    {"model": "resnet20_cifar", "weights": "random", "classes": 4, "name": "j"}
-                ]
-            },
+            {"judges": [SMALL | {"classes": 4, "name": "j"}]},
             "j knows classes 0 to 3",
         ),
         (
-            {"judges": [{"model": "resnet20_cifar", "weights": "random", "classes": 12}]},
+            {"judges": [SMALL | {"classes": 12}]},
             "two networks have one name",
         ),
     ],
@@ -217,6 +211,7 @@ def start(recipe: Path, out: Path, *flags: str) -> subprocess.Popen[str]:
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(CACHE),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+        "PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
     }
     script = str(ROOT / "scripts" / "invert.py")
     command = [sys.executable, script, "--config", str(recipe), "--out", str(out), *flags]
@@ -257,7 +252,7 @@ def test_killed_and_resumed_equals_uninterrupted(
 def test_signals_save_a_checkpoint(
     tmp_path: Path, finished: Path, number: signal.Signals, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    slow = {**RECIPE, "run": {**RECIPE["run"], "checkpoint_every": 1000}}
+    slow = {**RECIPE, "run": {**RECIPE["run"], "checkpoint_seconds": 1000}}
     recipe = write(tmp_path, slow)
     out = tmp_path / "out"
     process = start(recipe, out)
@@ -285,7 +280,7 @@ def test_only_a_runs_own_files_are_replaced(
     other = tmp_path / "other"
     (other / "checkpoints").mkdir(parents=True)
     assert run("--config", recipe, "--out", other, "--overwrite") == 2
-    assert "checkpoints is not of a run that is known here" in capsys.readouterr().err
+    assert "no run known here has written (checkpoints/)" in capsys.readouterr().err
 
 
 def test_a_signal_right_after_a_chunk_loses_nothing(
@@ -294,13 +289,13 @@ def test_a_signal_right_after_a_chunk_loses_nothing(
     """The callback has not heard of it yet, the loop has."""
     out, asked = tmp_path / "out", []
 
-    def heard(self: run_folder.Signals) -> bool:
+    def heard(self: signals.Signals) -> bool:
         asked.append(True)
         return len(asked) >= 2
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_folder.Signals, "__call__", heard)
-        args = ("--run.loop", "scan", "--run.checkpoint-every", 1000)
+        patch.setattr(signals.Signals, "__call__", heard)
+        args = ("--run.loop", "scan", "--run.checkpoint-seconds", 1000)
         assert run("--config", recipe, "--out", out, *args) == 143
     assert (out / "checkpoints" / "2").is_dir()
     assert run("--config", recipe, "--out", out, "--resume") == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,11 @@ import yaml
 from PIL import Image
 
 import weights_convert
-from conftest import ROOT
 from jinv import models
 from jinv.federated import evidence
 from jinv.recipes import invert_gradients
+from jinv.runs import command_line
 from jinv.scores import similarity
-
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import invert_gradients as script  # found through the path above
 
 SUMMARY_KEYS = {
     *("model", "device", "evidence", "steps", "seeds", "seconds", "seconds_per_step"),
@@ -38,7 +33,7 @@ def write(folder: Path, tree: dict[str, Any]) -> Path:
 
 
 def run(*args: Any) -> int:
-    return script.main([str(arg) for arg in args])
+    return command_line.main(invert_gradients.COMMAND, [str(arg) for arg in args])
 
 
 def pictures(folder: Path, count: int = 2) -> list[str]:
@@ -58,7 +53,7 @@ def recipe(folder: Path) -> dict[str, Any]:
         "labels": "identity",
         "size": 16,
         "attack": {"steps": 6, "warmup": 2, "seeds": 2, "group_from": 2, "group_every": 2},
-        "run": {"chunk": 2, "pictures_every": 4, "scores_every": 4, "checkpoint_every": 3},
+        "run": {"chunk": 2, "pictures_every": 4, "scores_every": 4, "checkpoint_seconds": 0},
     }
 
 
@@ -95,7 +90,9 @@ def test_scores_are_those_of_the_pictures_it_wrote(finished: Path) -> None:
     """PSNR, computed again from the files, in the originals' order."""
     summary = json.loads((finished / "summary.json").read_text())
     tree = yaml.safe_load((finished / "config.yaml").read_text())
-    truth = invert_gradients.Leakage(invert_gradients.recipe_from(tree)).truth
+    loaded = invert_gradients.GradientInversion(invert_gradients.COMMAND.recipe_from(tree))
+    assert loaded.scorer is not None
+    truth = loaded.scorer.truth
     files = sorted((finished / "images").iterdir())
     found = np.stack([np.asarray(Image.open(file)) / 255 for file in files])
     # The files are rounded to bytes, the scores are not.

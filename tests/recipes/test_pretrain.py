@@ -27,15 +27,22 @@ from jinv import data, image, models, training
 from jinv.data import Dataset
 from jinv.models import registry, resnet_cifar
 from jinv.recipes import pretrain
+from jinv.runs import command_line, signals
 from jinv.runs import config as configs
-from jinv.runs import run_folder
-
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import pretrain as script  # found through the path above
 
 SUMMARY_KEYS = {
-    *("model", "data", "classes", "preprocessing", "device", "epochs", "steps", "images"),
+    *(
+        "model",
+        "weights",
+        "head_epochs",
+        "data",
+        "classes",
+        "preprocessing",
+        "device",
+        "epochs",
+        "steps",
+        "images",
+    ),
     *("test_images", "test_accuracy", "train_accuracy", "train_loss", "seconds"),
     *("seconds_per_step", "compile_seconds", "files", "versions"),
 }
@@ -81,7 +88,7 @@ def write(folder: Path, change: dict[str, Any]) -> Path:
 
 
 def run(*args: Any) -> int:
-    return script.main([str(arg) for arg in args])
+    return command_line.main(pretrain.COMMAND, [str(arg) for arg in args])
 
 
 @pytest.fixture(scope="module")
@@ -160,12 +167,12 @@ def test_stopped_and_resumed_equals_uninterrupted(
     monkeypatch.setattr(training, "CHUNK", 2)
     out, answers = tmp_path / "out", []
 
-    def heard(self: run_folder.Signals) -> bool:
+    def heard(self: signals.Signals) -> bool:
         answers.append(True)
         return len(answers) >= asked
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_folder.Signals, "__call__", heard)
+        patch.setattr(signals.Signals, "__call__", heard)
         assert run("--config", recipe, "--out", out) == 143
     assert (out / "checkpoints" / str(2 * asked)).is_dir()
     assert not (out / "summary.json").exists()
@@ -204,7 +211,7 @@ def test_sigterm_saves_a_checkpoint(tmp_path: Path, recipe: Path) -> None:
 def test_a_subset_that_the_seed_decides(recipe: Path) -> None:
     def images(**change: Any) -> Dataset:
         tree = configs.read_yaml(recipe)
-        return pretrain.prepare(configs.build(pretrain.Recipe, tree | change)).train
+        return pretrain.Pretraining(configs.build(pretrain.Config, tree | change)).train
 
     whole = {one.tobytes() for one in images().images}
     first, again, other = (images(train_images=20, seed=seed) for seed in (3, 3, 4))
@@ -318,7 +325,7 @@ def test_transfer_keeps_norms_and_preprocessing(finished: Path, transferred: Pat
             norm = ".bn" in f".{name}" or "shortcut.1." in name
             assert np.array_equal(value, after[name]) == norm, name
     told, old = (json.loads((f / "summary.json").read_text()) for f in (transferred, finished))
-    assert set(told) == SUMMARY_KEYS | {"weights", "head_epochs"}
+    assert set(told) == SUMMARY_KEYS
     assert told["preprocessing"] == old["preprocessing"]
     assert told["classes"] == ["dark", "bright"]
     assert told["weights"] == str(finished)
@@ -331,10 +338,11 @@ def test_transfer_keeps_norms_and_preprocessing(finished: Path, transferred: Pat
 
 
 def test_the_new_head_is_random_and_the_rest_is_not(other: Path, finished: Path) -> None:
-    recipe = configs.build(pretrain.Recipe, configs.read_yaml(transfer(other, finished)))
+    recipe = configs.build(pretrain.Config, configs.read_yaml(transfer(other, finished)))
     source = models.load_trained(finished)
     found = [
-        pretrain.prepare(dataclasses.replace(recipe, seed=seed)).net.variables for seed in (0, 0, 1)
+        pretrain.Pretraining(dataclasses.replace(recipe, seed=seed)).net.variables
+        for seed in (0, 0, 1)
     ]
     heads = [np.asarray(variables["linear"]["weight"]) for variables in found]
     np.testing.assert_array_equal(heads[0], heads[1])
@@ -346,7 +354,7 @@ def test_the_new_head_is_random_and_the_rest_is_not(other: Path, finished: Path)
 def test_a_file_of_any_number_of_classes(other: Path, finished: Path) -> None:
     """Normalised and sized as the zoo says: images of 8 px are brought to 32."""
     path = transfer(other, finished / "weights.safetensors")
-    prepared = pretrain.prepare(configs.build(pretrain.Recipe, configs.read_yaml(path)))
+    prepared = pretrain.Pretraining(configs.build(pretrain.Config, configs.read_yaml(path)))
     assert prepared.net.preprocessing == registry.CIFAR10
     assert prepared.net.classes == 2
     assert prepared.train.images.shape[1:] == (8, 8, 1)
@@ -366,12 +374,12 @@ def test_transfer_stopped_and_resumed_equals_uninterrupted(
     monkeypatch.setattr(training, "CHUNK", 2)
     out, told, path = tmp_path / "out", [], transfer(other, finished)
 
-    def heard(self: run_folder.Signals) -> bool:
+    def heard(self: signals.Signals) -> bool:
         told.append(True)
         return len(told) >= asked
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_folder.Signals, "__call__", heard)
+        patch.setattr(signals.Signals, "__call__", heard)
         assert run("--config", path, "--out", out) == 143
     assert (out / "checkpoints" / str(step)).is_dir()
     assert run("--config", path, "--out", out, "--resume") == 0

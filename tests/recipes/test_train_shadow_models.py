@@ -23,13 +23,11 @@ import yaml
 
 import test_parallel
 from conftest import CACHE, ROOT
+from jinv.recipes import train_shadow_models
 from jinv.recipes.train_shadow_models import Part
+from jinv.runs import command_line
 from jinv.shadow import Config, Privacy, features, make_train, privacy, sampling, store
 from jinv.shadow.store import Store
-
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import train_shadow_models  # a script: found through the path above
 
 CLASSES = 3
 
@@ -61,7 +59,8 @@ def run(tmp_path: Path, recipe: dict[str, Any], *flags: str, out: str = "out") -
     config = tmp_path / "recipe.yaml"
     config.write_text(yaml.safe_dump(recipe))
     target = out if out == "none" else str(tmp_path / out)
-    return train_shadow_models.main(["--config", str(config), "--out", target, *flags])
+    arguments = ["--config", str(config), "--out", target, *flags]
+    return command_line.main(train_shadow_models.COMMAND, arguments)
 
 
 def summary(tmp_path: Path, out: str = "out") -> dict[str, Any]:
@@ -302,7 +301,7 @@ def test_other_runs_folders_are_left_alone(
     (tmp_path / "out/weights/best.pt").write_text("mine")
     (tmp_path / "out/config.yaml").write_text("mine")
     assert run(tmp_path, recipe, *flags) == 2
-    assert "holds something else than shadow models" in capsys.readouterr().err
+    assert "holds something else than a run" in capsys.readouterr().err
     assert (tmp_path / "out/weights/best.pt").read_text() == "mine"
     assert (tmp_path / "out/config.yaml").read_text() == "mine"
 
@@ -340,8 +339,65 @@ def test_finished_and_unfinished_runs_are_not_replaced_silently(
     assert run(tmp_path, recipe, "--resume") == 0
     assert "nothing to do" in capsys.readouterr().out
     assert run(tmp_path, recipe, "--resume", "--seed", "7") == 2
-    assert "origin.seed (0 against 7)" in capsys.readouterr().err
+    assert "seed (0 against 7)" in capsys.readouterr().err
     assert run(tmp_path, recipe, "--overwrite", "--seed", "7") == 0
+
+
+def test_a_refused_extension_loses_nothing(
+    tmp_path: Path,
+    recipe: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert run(tmp_path, recipe) == 0
+    kept = {n: (tmp_path / "out" / n).read_bytes() for n in ("summary.json", "config.yaml")}
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=10))
+        assert run(tmp_path, recipe, "--resume", "--seeds", "5") == 2
+    assert "GB are to be written" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "features")
+    save_features(tmp_path / "features", images=90)
+    assert run(tmp_path, recipe, "--resume", "--seeds", "5") == 2
+    assert "holds other models: origin.fingerprint" in capsys.readouterr().err
+    for name, content in kept.items():
+        assert (tmp_path / "out" / name).read_bytes() == content
+
+
+def test_models_that_are_not_kept_are_made_for_more_seeds(
+    tmp_path: Path, recipe: dict[str, Any]
+) -> None:
+    recipe = recipe | {"store": False}
+    assert run(tmp_path, recipe) == 0
+    assert run(tmp_path, recipe, "--resume", "--seeds", "5") == 0
+    assert summary(tmp_path)["models"] == 100
+    assert run(tmp_path, recipe, "--resume", "--seeds", "5", "--store") == 0
+    assert Store(tmp_path / "out").missing() == []
+    assert summary(tmp_path)["stored"]
+
+
+def test_a_part_does_not_touch_a_seed_of_another(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    assert run(tmp_path, recipe) == 0
+    before = (tmp_path / "out/summary.json").read_bytes()
+    assert run(tmp_path, recipe, "--regenerate", "1", "--part", "0/2") == 0
+    assert (tmp_path / "out/summary.json").read_bytes() == before
+    assert run(tmp_path, recipe, "--regenerate", "1", "--part", "1/2") == 0
+    assert summary(tmp_path)["session"]["models"] == 20
+
+
+def test_a_store_of_an_older_version_is_gone_on_with(
+    tmp_path: Path, recipe: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its optimizer had another spelling, and its config named no command."""
+    assert run(tmp_path, recipe) == 0
+    for name in ("config.yaml", "shadows.json"):
+        path = tmp_path / "out" / name
+        text = path.read_text().replace("optimizer", "optimiser")
+        path.write_text(text.removeprefix("# jinv train-shadow-models\n"))
+    assert run(tmp_path, recipe, "--resume") == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert run(tmp_path, recipe, "--resume", "--seeds", "4") == 0
+    assert summary(tmp_path)["models"] == 80
+    assert yaml.safe_load((tmp_path / "out/config.yaml").read_text())["seeds"] == 4
 
 
 @pytest.mark.parametrize(

@@ -76,5 +76,5 @@ def test_curves_of_another_length_than_the_steps_are_an_error():
 
 def test_a_missing_matplotlib_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install 'jinv\[scripts\]'"):
+    with pytest.raises(ImportError, match=r"pip install matplotlib"):
         curves.plot({"a": [1.0]}, [0])

@@ -83,11 +83,11 @@ def test_differences_name_nested_keys() -> None:
     assert config.differences(left, left) == []
 
 
-RECIPES = {
-    "pretrain": lambda tree: config.build(pretrain.Recipe, tree),
-    "features": lambda tree: config.build(extract_features.Recipe, tree),
-    "shadow": lambda tree: config.build(train_shadow_models.Recipe, tree),
-    "gradients": invert_gradients.recipe_from,
+COMMANDS = {
+    "pretrain": pretrain.COMMAND,
+    "features": extract_features.COMMAND,
+    "shadow": train_shadow_models.COMMAND,
+    "gradients": invert_gradients.COMMAND,
 }
 
 
@@ -95,12 +95,61 @@ RECIPES = {
 def test_every_config_reads_and_says_what_it_reproduces(path: Path) -> None:
     tree = config.read_yaml(path)
     variants = tree.pop("variants", {})
-    recipe_from = RECIPES.get(path.stem.split("_")[0], invert.recipe_from)
-    recipe = recipe_from(tree)
-    if recipe_from in (invert_gradients.recipe_from, invert.recipe_from):
-        assert study.runs(recipe, variants, recipe_from)
+    command = COMMANDS.get(path.stem.split("_")[0], invert.COMMAND)
+    assert study.runs(command, command.recipe_from(tree), variants)
     header = path.read_text().split("\n#\n")[1]
     for word in ("# Paper:  ", "\n# Command: ", "\n# Hardware: ", "\n# Expected: "):
         assert word in header
     assert "MINUTES" not in header
     assert "EXPECTED" not in header
+
+
+@dataclasses.dataclass(frozen=True)
+class Once:
+    """As configs were before some of their keys got other names."""
+
+    optimizer: str = "adam"
+    inner: Inner = dataclasses.field(default_factory=Inner)
+
+
+@pytest.mark.parametrize("key", config.CHANGED)
+def test_keys_of_yesterday_say_what_has_become_of_them(key: str) -> None:
+    told = f"`{key}` {config.CHANGED[key]}"
+    with pytest.raises(config.ConfigError) as caught:
+        config.build(Once, {key: "adam"})
+    assert told in str(caught.value)
+    with pytest.raises(config.ConfigError) as caught:
+        config.build(Once, {"inner": {key: 1}})
+    assert told in str(caught.value)
+    flag = f"--attack.{key.replace('_', '-')}"
+    for flags in ([flag, "3"], ["--seed", "1", f"{flag}=3"]):
+        with pytest.raises(config.ConfigError) as caught:
+            config.check_flags(flags)
+        assert str(caught.value) == f"{flag} {config.CHANGED[key]}"
+    config.check_flags(["--attack.optimizer", "sgd", "value", "--run.chunk=3"])
+
+
+def test_a_misspelt_key_is_told_the_nearest() -> None:
+    with pytest.raises(config.ConfigError, match=r"no key 'optimzer': did you mean 'optimizer'\?"):
+        config.build(Once, {"optimzer": "adam"})
+    with pytest.raises(config.ConfigError, match=r"no key 'knid': did you mean 'kind'\?"):
+        config.build(Once, {"inner": {"knid": "a"}})
+
+
+def test_recipes_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = ROOT / "configs" / "demo.yaml"
+    for name in ("demo", "demo.yaml", "configs/demo.yaml"):
+        assert config.find(name).read_bytes() == shipped.read_bytes()
+    (tmp_path / "demo.yaml").write_text("mine: 1\n")
+    assert config.find("demo.yaml").read_text() == "mine: 1\n"
+    with pytest.raises(config.ConfigError, match="did you mean demo"):
+        config.find("dmeo")
+    with pytest.raises(config.ConfigError, match="no file /nowhere/demo"):
+        config.find("/nowhere/demo")
+    assert set(config.shipped_recipes()) == {p.stem for p in (ROOT / "configs").glob("*.yaml")}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_first_line_says_what_a_recipe_is(path: Path) -> None:
+    assert 20 < len(config.first_line(path)) <= 98

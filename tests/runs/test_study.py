@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +13,23 @@ import pytest
 import yaml
 from PIL import Image
 
-from conftest import ROOT
 from jinv.recipes import invert
+from jinv.runs import command_line, study
 from jinv.runs import config as configs
-from jinv.runs import study
 
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import invert as script  # found through the path above
-
-A = {"model": "resnet20_cifar", "weights": "random", "name": "a"}
-B = {"model": "resnet20_cifar", "weights": "random", "name": "b", "terms": {"label": 0.5}}
+A = {"model": "tiny:network", "classes": 10, "name": "a"}
+B = A | {"name": "b", "terms": {"label": 0.5}}
 RECIPE: dict[str, Any] = {
     "networks": [A, B],
     "judges": [
-        {"model": "resnet20_cifar", "weights": "random", "name": "judge"},
-        {"model": "resnet20_cifar", "weights": "random", "name": "b"},
+        A | {"name": "judge"},
+        A | {"name": "b"},
     ],
     "images": 4,
     "labels": [3, 5],
     "size": 16,
     "attack": {"preset": "begin", "warmup": 2, "phases": [{"steps": 4, "jitter": 2}]},
-    "run": {"chunk": 2, "pictures_every": 4, "scores_every": 5, "checkpoint_every": 2},
+    "run": {"chunk": 2, "pictures_every": 4, "scores_every": 5, "checkpoint_seconds": 0},
     "variants": {
         "together": {},
         "a alone": {"networks": [A]},
@@ -51,16 +45,19 @@ def write(folder: Path, tree: dict[str, Any]) -> Path:
 
 
 def run(*args: Any) -> int:
-    return script.main([str(arg) for arg in args])
+    return command_line.main(invert.COMMAND, [str(arg) for arg in args])
 
 
 def summary(out: Path) -> dict[str, Any]:
     return json.loads((out / "summary.json").read_text())
 
 
+recipe_from = invert.COMMAND.recipe_from
+
+
 def runs_of(tree: dict[str, Any]) -> list[study.Run]:
     shared = {key: value for key, value in tree.items() if key != "variants"}
-    return study.runs(invert.recipe_from(shared), tree.get("variants", {}), invert.recipe_from)
+    return study.runs(invert.COMMAND, recipe_from(shared), tree.get("variants", {}))
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +71,10 @@ def test_variants_change_what_they_name_and_nothing_else() -> None:
     changes = {"other lr": {"attack": {"lr": 0.5}, "labels": [1]}, "same": {}}
     other, same = runs_of(RECIPE | {"variants": changes})
     assert (other.variant, other.folder) == ("other lr", "other-lr")
-    assert other.recipe.attack.lr == 0.5
-    assert other.recipe.labels == (1,)
-    assert same.recipe == invert.recipe_from({k: RECIPE[k] for k in RECIPE if k != "variants"})
-    assert other.recipe.attack.warmup == same.recipe.attack.warmup == 2
+    assert other.config.attack.lr == 0.5
+    assert other.config.labels == (1,)
+    assert same.config == recipe_from({k: RECIPE[k] for k in RECIPE if k != "variants"})
+    assert other.config.attack.warmup == same.config.attack.warmup == 2
 
 
 def test_a_variant_may_name_a_preset_or_another_optimiser() -> None:
@@ -85,15 +82,15 @@ def test_a_variant_may_name_a_preset_or_another_optimiser() -> None:
     changes = {"cifar": {"attack": {"preset": "cifar10", "lr": 0.3}}, "sgd": {"attack": sgd}}
     preset, other = runs_of(RECIPE | {"variants": changes})
     expected = dataclasses.replace(invert.PRESETS["cifar10"], lr=0.3)
-    assert configs.plain(preset.recipe.attack) == configs.plain(expected)
-    assert other.recipe.attack.optimizer_args == {"momentum": 0.9}
-    assert other.recipe.attack.warmup == 2
+    assert configs.plain(preset.config.attack) == configs.plain(expected)
+    assert other.config.attack.optimizer_args == {"momentum": 0.9}
+    assert other.config.attack.warmup == 2
 
 
 def test_trials_have_seeds_of_their_own() -> None:
     found = runs_of(RECIPE | {"trials": 3, "seed": 7, "variants": {"x": {}, "y": {"trials": 1}}})
     assert [r.folder for r in found] == ["x/trial_0", "x/trial_1", "x/trial_2", "y"]
-    assert [r.recipe.seed for r in found] == [7, 8, 9, 7]
+    assert [r.config.seed for r in found] == [7, 8, 9, 7]
     single = {key: value for key, value in RECIPE.items() if key != "variants"}
     assert [r.folder for r in runs_of(single | {"trials": 2})] == ["trial_0", "trial_1"]
     assert [r.folder for r in runs_of(single)] == [""]
@@ -213,3 +210,32 @@ def test_trials_are_summed_up_with_their_spread(tmp_path: Path) -> None:
     mean = found["variants"]["trials"]["top1"]["judge"]
     assert mean == pytest.approx((first["top1"]["judge"] + second["top1"]["judge"]) / 2)
     assert "±" in (out / "report.html").read_text()
+
+
+def test_a_mistake_in_the_last_trial_stops_before_the_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Random classes, of which only another seed's are unknown to the judge."""
+    single = {key: value for key, value in RECIPE.items() if key != "variants"}
+    tree = single | {"labels": "random", "images": 2, "networks": [A], "trials": 12}
+    judge = A | {"name": "narrow", "classes": 9}
+    recipe = write(tmp_path, tree | {"judges": [judge]})
+    assert run("--config", recipe, "--out", tmp_path / "one", "--trials", 1) == 0
+    capsys.readouterr()
+    assert run("--config", recipe, "--out", tmp_path / "out") == 2
+    assert "narrow knows classes 0 to 8" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_of_an_older_version_is_gone_on_with(finished: Path, tmp_path: Path) -> None:
+    """Keys that have other names or are gone, and keys that did not exist."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    for path in out.rglob("config.yaml"):
+        text = path.read_text().removeprefix("# jinv invert\n")
+        text = text.replace("  checkpoint_seconds: 0.0\n", "  checkpoint_every: 100\n")
+        text = text.replace("  networks_at_once: 1\n", "  networks_at_once: 1\n  stack: false\n")
+        path.write_text(text.replace("  adaptive_temperature: 3.0\n", ""))
+    (out / "summary.json").unlink()
+    assert run("--config", write(tmp_path, RECIPE), "--out", out, "--resume") == 0
+    assert summary(out)["runs"] == summary(finished)["runs"]

@@ -97,7 +97,7 @@ def test_missing_scikit_image_says_how_to_install(monkeypatch: pytest.MonkeyPatc
         return original(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(ImportError, match=r"pip install 'jinv\[scripts\]'"):
+    with pytest.raises(ImportError, match=r"pip install scikit-image"):
         similarity.ssim(*pair())
 
 

@@ -42,9 +42,9 @@ def test_a_shadow_is_the_same_in_any_company() -> None:
 
 SHARDED = """
 import json, sys
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/shadow"]
 import jax, numpy as np
-from test_shadow_generation import KEY, data
+from test_generation import KEY, data
 from jinv import parallel
 from jinv.shadow import Config, Privacy, generation, make_train
 features, sets = data()

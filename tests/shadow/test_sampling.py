@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -68,3 +70,25 @@ def test_too_few_examples_are_told() -> None:
         sampling.random_labels(4000, 0, 1, 500, classes=10)
     with pytest.raises(ValueError, match="a set needs 5 images of one person"):
         sampling.one_against_many(np.arange(100), 0, 5, 10)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("balanced", {"classes": 9}),
+        ("balanced", {"others": 3}),
+        ("random_labels", {"positive": (1,)}),
+        ("random_labels", {"others": 3}),
+        ("one_against_many", {"positive": (1,)}),
+        ("one_against_many", {"classes": 9}),
+    ],
+)
+def test_options_of_another_kind_are_refused_by_name(kind: Any, options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(ValueError, match=rf"{name}: .* plays no part: kind is '{kind}'"):
+        sampling.Sampling(kind, **options)
+
+
+def test_unknown_kinds_are_refused() -> None:
+    with pytest.raises(ValueError, match="kind is one of balanced, random_labels"):
+        sampling.Sampling("balancd")  # type: ignore[arg-type]

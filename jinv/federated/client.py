@@ -1,0 +1,137 @@
+"""A client that a run simulates: its images, what it does with them, and what it sends."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jinv import data, image
+from jinv.checks import words
+from jinv.data import Split
+from jinv.federated.defences import Defence
+from jinv.federated.evidence import Local, Statistics
+from jinv.image import Preprocessing
+from jinv.net import Net
+
+
+@dataclasses.dataclass(frozen=True)
+class Client:
+    """What a config says of a simulated client.
+
+    Attributes:
+      data: where its images are from, if not `files`.
+      split: of the data.
+      files: pictures, cropped to the centre square.
+      classes: of the files; what the network says of them by default.
+      images: how many of the data, drawn at random.
+      distractors: how many other images of the data a reconstruction is compared with for IIP.
+      training: BatchNorm layers normalise with the batch's moments.
+      statistics: what it betrays of the moments at BatchNorm layers, see `Evidence`.
+      local_steps: 0 for a gradient; else so many SGD steps, over the images in order.
+      local_lr: their learning rate.
+      local_batch: images of each step; all by default.
+      defence: what it does to the gradient or update before it is sent.
+    """
+
+    data: data.Source = dataclasses.field(default_factory=data.Source)
+    split: Split = "test"
+    files: tuple[str, ...] = ()
+    classes: tuple[int, ...] = ()
+    images: int = 8
+    distractors: int = 1000
+    training: bool = False
+    statistics: Statistics = "running"
+    local_steps: int = 0
+    local_lr: float = 0.01
+    local_batch: int | None = None
+    defence: Defence = dataclasses.field(default_factory=Defence)
+
+    def __post_init__(self) -> None:
+        words(self)
+        if self.images < 1 or self.distractors < 0 or self.local_steps < 0:
+            raise ValueError("images must be at least 1, distractors and local_steps at least 0")
+        if self.classes and len(self.classes) != len(self.files):
+            raise ValueError(f"{len(self.classes)} classes are given for {len(self.files)} files")
+        if self.local_batch is not None and self.local_batch < 1:
+            raise ValueError(f"local_batch must be at least 1, not {self.local_batch}")
+
+    @property
+    def count(self) -> int:
+        """Number of its images."""
+        return len(self.files) or self.images
+
+    def local(self) -> Local | None:
+        """Return its local steps: batch after batch, from the front again after the last image."""
+        if not self.local_steps:
+            return None
+        size = min(self.local_batch or self.count, self.count)
+        order = np.arange(self.local_steps * size) % self.count
+        return Local(self.local_lr, tuple(map(tuple, order.reshape(-1, size).tolist())))
+
+
+class Drawn(NamedTuple):
+    """A client's images.
+
+    Attributes:
+      pixels: bytes (K, H, W, 1 or 3).
+      classes: K, or () if they are not known.
+      distractors: other images of the data, bytes (M, H, W, 1 or 3); None for files.
+      names: of the data's classes; None for files.
+    """
+
+    pixels: np.ndarray
+    classes: tuple[int, ...]
+    distractors: np.ndarray | None = None
+    names: tuple[str, ...] | None = None
+
+
+def draw(client: Client, net: Net, size: int, key: Array) -> Drawn:
+    """Return a client's images.
+
+    Args:
+      client: what the config says.
+      net: whose classes and size they must fit.
+      size: side of the images in pixels.
+      key: of the random choice.
+
+    Raises:
+      ValueError: the data does not fit the network, or has too few images.
+    """
+    if client.files:
+        return Drawn(data.image_files(client.files, size), client.classes)
+    everything = client.data.load(client.split, size)
+    if everything.has_attributes:
+        raise ValueError("labels are attributes: a client's images have classes")
+    if client.images > len(everything):
+        raise ValueError(f"{client.images} images wanted; the data has {len(everything)}")
+    wanted = client.images + client.distractors
+    order = np.asarray(jax.random.permutation(key, len(everything)))[:wanted]
+    drawn = everything.take(order)
+    if drawn.images.shape[1:3] != (size, size):
+        raise ValueError(
+            f"{net.name} takes images of {size} px, the data's are "
+            f"{drawn.images.shape[1]} px: set size: {drawn.images.shape[1]}"
+        )
+    if len(everything.classes) > net.classes:
+        raise ValueError(
+            f"{net.name} knows {net.classes} classes, the data has {len(everything.classes)}"
+        )
+    return Drawn(
+        drawn.images[: client.images],
+        tuple(map(int, drawn.labels[: client.images])),
+        drawn.images[client.images :],
+        everything.classes,
+    )
+
+
+def normalised(pixels: np.ndarray, wanted: Preprocessing) -> Array:
+    """Return bytes (K, H, W, 1 or 3) as a network of this preprocessing takes them."""
+    values = jnp.asarray(pixels / np.float32(255))
+    if wanted.channels == 1:
+        values = values.mean(-1, keepdims=True)
+    return image.convert(values, image.pixels(values.shape[-1]), wanted)

@@ -1,0 +1,179 @@
+"""Check a weight file against a jinv network and write it as .pth or .safetensors.
+
+    jinv convert-weights --input resnet50-11ad3fa6.pth --model resnet50 \
+        --output weights/resnet50.safetensors
+    jinv convert-weights --input checkpoint.pth --list
+
+The input may be a torch.save file of any version, also a training checkpoint or one saved from
+DataParallel, or .safetensors; it is never run. The output loads with torchvision's
+``load_state_dict(strict=True)`` and with `weights_convert.read`. Beside it goes summary.json.
+
+Neither file replaces another unless --overwrite is given, and no summary of another run is
+replaced. An error is one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jinv.files import sha256, write_atomic
+from jinv.runs.command import described
+from weights_convert import WeightsError, from_flax, read, to_flax, write
+
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What summary.json holds.
+
+    Attributes:
+      model: name of the network.
+      input: path that was read.
+      output: path that was written.
+      input_sha256, output_sha256: of the files.
+      tensors: number of tensors written.
+      parameters: number of trained values: all but BatchNorm's running statistics and counters.
+      bytes: size of the output.
+      seconds: time from start to finish.
+    """
+
+    model: str
+    input: str
+    output: str
+    input_sha256: str
+    output_sha256: str
+    tensors: int
+    parameters: int
+    bytes: int
+    seconds: float
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the parsed command line."""
+    parser = argparse.ArgumentParser(
+        prog="jinv convert-weights",
+        description=f"{__doc__}\nsummary.json holds\n\n{described(Summary)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--input", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--output", type=Path, metavar="FILE", help=".pth or .safetensors")
+    parser.add_argument("--model", metavar="NAME", help="the jinv network the weights are for")
+    parser.add_argument(
+        "--classes", type=int, metavar="N", help="if not the network's usual number"
+    )
+    parser.add_argument("--list", action="store_true", help="print the file's tensors and stop")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
+    args = parser.parse_args(arguments)
+    if not args.list and not (args.output and args.model):
+        parser.error("give --output and --model, or --list")
+    return args
+
+
+def template(name: str, classes: int | None) -> Mapping:
+    """Return the shapes and element types of a network of the zoo.
+
+    Raises:
+      WeightsError: the zoo has none of that name.
+    """
+    from jinv.models import template as of  # late: --list needs no JAX
+
+    try:
+        return of(name, classes)
+    except (KeyError, ValueError) as error:
+        reason = error.args[0] if error.args else "unknown"
+        raise WeightsError(f"--model {name}: {reason}") from None
+
+
+def describe(state: Mapping[str, np.ndarray]) -> str:
+    """Return one line a tensor: name, shape, element type."""
+    width = max(map(len, state))
+    return "\n".join(f"{name:<{width}}  {a.shape}  {a.dtype}" for name, a in state.items())
+
+
+def fitted(source: Path, network: Mapping) -> dict[str, np.ndarray]:
+    """Read a file and return its tensors with the network's shapes and types.
+
+    Raises:
+      WeightsError: the file cannot be read, or does not fit; every tensor is named.
+    """
+    state = read(source)
+    try:
+        return from_flax(to_flax(state, network))
+    except WeightsError as error:
+        raise WeightsError(f"{source}: {error}") from None
+
+
+def one_line(error: Exception) -> str:
+    """Return an error's message without line breaks."""
+    return str(error).replace(":\n  ", ": ").replace("\n  ", ", ").replace("\n", "; ")
+
+
+def check_free(target: Path, overwrite: bool) -> None:
+    """Refuse to replace files without being told, and summaries that no conversion wrote.
+
+    Raises:
+      WeightsError: says what is there.
+    """
+    summary = target.parent / "summary.json"
+    if summary.exists() and not _of_a_conversion(summary):
+        raise WeightsError(f"{summary}: belongs to another run; choose another folder")
+    for path in (target, summary):
+        if path.exists() and not overwrite:
+            raise WeightsError(f"{path}: exists; choose another folder or give --overwrite")
+
+
+def _of_a_conversion(summary: Path) -> bool:
+    try:
+        found = json.loads(summary.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(found, dict) and "input_sha256" in found
+
+
+def convert(args: argparse.Namespace) -> Summary:
+    """Convert one file and return its summary, which is also written."""
+    start = time.perf_counter()
+    source, target = args.input, args.output
+    check_free(target, args.overwrite)
+    digest = sha256(source) if source.is_file() else ""
+    state = fitted(source, template(args.model, args.classes))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write(target, state)
+    trained = [a for name, a in state.items() if name.split(".")[-1] not in BUFFERS]
+    summary = Summary(
+        model=args.model,
+        input=str(source),
+        output=str(target),
+        input_sha256=digest,
+        output_sha256=sha256(target),
+        tensors=len(state),
+        parameters=sum(a.size for a in trained),
+        bytes=target.stat().st_size,
+        seconds=round(time.perf_counter() - start, 3),
+    )
+    write_atomic(target.parent / "summary.json", json.dumps(vars(summary), indent=2) + "\n")
+    return summary
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    args = parse(arguments)
+    try:
+        if args.list:
+            print(describe(read(args.input)))
+            return 0
+        summary = convert(args)
+    except (WeightsError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    print(f"{summary.output}: {summary.tensors} tensors, {summary.parameters} parameters")
+    return 0

@@ -1,0 +1,83 @@
+"""A tiny config for every command: what the contract test runs. A new command needs one here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from jinv.shadow import features
+
+
+def arrays(folder: Path) -> dict[str, Any]:
+    """Gray 28 px images of two classes, as `data:` of a config."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(26) % 2
+    images = (rng.integers(0, 60, (26, 28, 28)) + 150 * labels[:, None, None]).astype(np.uint8)
+    for split in ("train", "test"):
+        np.savez(folder / f"{split}.npz", images=images, labels=labels, classes=["dark", "bright"])
+    return {"format": "arrays", "folder": str(folder)}
+
+
+def invert(folder: Path) -> dict[str, Any]:
+    del folder
+    return {
+        "networks": [{"model": "tiny:network"}],
+        "images": 2,
+        "labels": "random",
+        "size": 16,
+        "attack": {"warmup": 2, "phases": [{"steps": 6, "jitter": 1}]},
+        "run": {"chunk": 2, "pictures_every": 2, "scores_every": 4, "checkpoint_seconds": 0},
+    }
+
+
+def invert_gradients(folder: Path) -> dict[str, Any]:
+    Image.fromarray(np.full((30, 30), 90, np.uint8)).save(folder / "gray.png")
+    return {
+        "network": {"model": "lenet", "weights": "random"},
+        "client": {"files": [str(folder / "gray.png")], "classes": [4], "statistics": "none"},
+        "attack": {"steps": 6, "seeds": 1, "group": 0.0},
+        "run": {"chunk": 2, "pictures_every": 2, "checkpoint_seconds": 0},
+    }
+
+
+def pretrain(folder: Path) -> dict[str, Any]:
+    return {
+        "model": "lenet",
+        "data": arrays(folder),
+        "training": {"epochs": 6, "batch": 8, "lr": 0.01, "warmup": 2},
+    }
+
+
+def extract_features(folder: Path) -> dict[str, Any]:
+    return {
+        "network": {"model": "lenet", "weights": "random"},
+        "data": arrays(folder),
+        "batch": 8,
+    }
+
+
+def train_shadow_models(folder: Path) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    labels = (np.arange(60) % 3).astype(np.int32)
+    for split in ("train", "test"):
+        found = rng.normal(size=(60, 16)).astype(np.float32)
+        features.Features(found, labels, ("a", "b", "c"), None, "").save(folder / split)
+    return {
+        "features": str(folder),
+        "sampling": {"class_size": 1, "sets": 20},
+        "training": {"classes": 3, "lr": 0.5, "epochs": 10, "init_std": 0.1},
+        "seeds": 3,
+        "execution": {"chunk": 8},
+    }
+
+
+EXAMPLES = {
+    "invert": invert,
+    "invert-gradients": invert_gradients,
+    "pretrain": pretrain,
+    "extract-features": extract_features,
+    "train-shadow-models": train_shadow_models,
+}
