@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from jinv import image, optimise, parallel
+from jinv import checks, image, optimise, parallel
 from jinv.data import Dataset
 from jinv.net import (
     Moments,
@@ -81,6 +81,15 @@ class Config:
     learns: Learns = "all"
 
     def __post_init__(self) -> None:
+        checks.words(self)
+        if self.optimizer == "adam":
+            checks.unused(self, "optimizer is 'adam', which has its own", "momentum", "nesterov")
+        if self.learns != "all":
+            checks.unused(
+                self,
+                "running statistics stay as they are unless all is learned",
+                "statistics_momentum",
+            )
         if self.epochs < 1 or self.batch < 1 or self.lr <= 0:
             raise ValueError("epochs, batch and lr must be positive")
         if min(self.weight_decay, self.warmup, self.lr_floor, self.crop) < 0:
@@ -91,8 +100,6 @@ class Config:
             raise ValueError("statistics_momentum must be above 0 and at most 1")
         if self.nesterov and not self.momentum and self.optimizer == "sgd":
             raise ValueError("nesterov needs a momentum")
-        if self.learns not in get_args(Learns):
-            raise ValueError(f"learns is one of {', '.join(get_args(Learns))}, not {self.learns!r}")
 
 
 class State(NamedTuple):
@@ -296,10 +303,19 @@ def _counted(tree: Variables) -> dict[Any, Any]:
 
 
 def batches(key: Array, images: int, batch: int, start: int = 0) -> Iterator[np.ndarray]:
-    """Indices of every step's images from step `start` on, without end.
+    """Yield the indices of every step's images, without end.
 
     An epoch's order is a permutation that the key and the epoch's number decide; what is left over
     at its end fills no batch and is dropped.
+
+    Args:
+      key: of the permutations.
+      images: how many there are.
+      batch: how many a step takes.
+      start: number of the first step that is yielded.
+
+    Raises:
+      ValueError: the images fill no batch.
     """
     steps = images // batch
     if not steps:

@@ -419,6 +419,12 @@ def test_a_loss_that_is_not_finite_is_told(net: Net) -> None:
         ({"momentum": 0.0}, "nesterov"),
         ({"statistics_momentum": 0.0}, "statistics_momentum"),
         ({"learns": "tail"}, "learns is one of all, head, all_but_batch_norm"),
+        ({"optimizer": "adamm"}, "optimizer is one of sgd, adam, not 'adamm'"),
+        (
+            {"optimizer": "adam", "momentum": 0.5},
+            "momentum: 0.5 plays no part: optimizer is 'adam'",
+        ),
+        ({"learns": "head", "statistics_momentum": 0.5}, "statistics_momentum: 0.5 plays no part"),
     ],
 )
 def test_configs_that_make_no_sense(change: dict[str, Any], message: str) -> None:
