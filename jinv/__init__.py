@@ -1,10 +1,9 @@
 """Read back what a trained network has learned."""
 
-from jinv import image, models, objective, optimise
+from jinv import image, models, moved, objective, optimise
 from jinv.image import Preprocessing
 from jinv.net import Moments, Net, Outputs
-from jinv.objective import priors
-from jinv.objective.terms import Member, Weights
+from jinv.objective import Member, Weights, priors
 
 __version__ = "0.1.0"
 
@@ -21,3 +20,5 @@ __all__ = [
     "optimise",
     "priors",
 ]
+
+moved.announce()
