@@ -155,12 +155,17 @@ class Net:
         training: Mapping[str, Any] | None = None,
         **call: Any,
     ) -> Net:
-        """A Flax Linen network as a `Net`.
+        """Return a Flax Linen network as a `Net`.
 
-        `module.apply(variables, images, **call)` must return logits (B, classes) in inference
-        mode: pass what your module needs for that, such as `train=False`. `training` holds the
-        arguments that differ where BatchNorm layers use the batch's moments, such as
-        `{"train": True}`; only attacks on gradients of networks in training mode need it.
+        Args:
+          module: network; `module.apply(variables, images, **call)` must return logits
+            (B, classes) in inference mode.
+          variables: its collections: `params`, `batch_stats`.
+          preprocessing: its input size and normalisation.
+          name: defaults to the class's name.
+          training: the arguments that differ where BatchNorm layers use the batch's moments, such
+            as `{"train": True}`; only attacks on gradients of networks in training mode need it.
+          **call: what the module needs for inference mode, such as `train=False`.
         """
 
         def forward(
@@ -221,7 +226,11 @@ class _Record:
 
 
 def batch_moments(x: Array) -> Moments:
-    """Mean and biased variance over all axes but the last, in float32 at least."""
+    """Return mean and biased variance (C,) of x (..., C), in float32 at least.
+
+    Raises:
+      ValueError: x is empty.
+    """
     if not x.size:
         raise ValueError(f"a BatchNorm layer sees nothing of images this small: {x.shape}")
     return Moments(*_two_pass_moments(x.astype(jnp.promote_types(x.dtype, jnp.float32))))

@@ -119,7 +119,14 @@ class EarlyStop:
 
 
 def warm_cosine(lr: float, warmup: int, steps: int, floor: float = 0.0) -> optax.Schedule:
-    """lr (t + 1) / warmup, then a cosine from lr to floor * lr at the last step."""
+    """Return the schedule lr (t + 1) / warmup, then a cosine from lr to floor * lr.
+
+    Args:
+      lr: highest learning rate.
+      warmup: linear steps.
+      steps: all of them, after which the cosine ends.
+      floor: share of the learning rate that it ends at.
+    """
     warmup = min(warmup, steps)
 
     def schedule(step: Any) -> Array:
@@ -138,7 +145,15 @@ def init(
     candidates: bool = False,
     memory: Any = (),
 ) -> State:
-    """State before the first step of a phase; `candidates` if the loss is (G,)."""
+    """Return the state before the first step of a phase.
+
+    Args:
+      images: to begin with.
+      optimizer: any optax transformation.
+      step: steps done before, in other phases.
+      candidates: whether the loss is (G,), of images (G, ...).
+      memory: what the step keeps for later ones.
+    """
     count = jax.tree.leaves(images)[0].shape[:1]
     return State(
         images=images,

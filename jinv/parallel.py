@@ -143,7 +143,11 @@ def everywhere(make: Callable[[], T]) -> T:
 
 
 def devices(count: int | None = None) -> list[jax.Device]:
-    """The devices of all processes, or the first `count`."""
+    """Return the devices of all processes, or the first `count`.
+
+    Raises:
+      ValueError: there are not so many, or several processes would leave some out.
+    """
     available = jax.devices()
     if count is None:
         return available

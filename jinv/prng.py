@@ -2,9 +2,9 @@
 
 XLA's CPU compiler gets JAX's Threefry as a loop over its rounds and makes a pass over memory of
 each. Written out, all rounds become one loop over the numbers, into which what is done with them is
-fused: normal numbers take a quarter of the time and are the same. So they are on GPUs, where JAX
-writes Threefry out itself: who has the key has the numbers, whatever made them. (JAX's generators
-"rbg" and "unsafe_rbg" give other numbers on other backends, and under `vmap`.)
+fused: normal numbers take a quarter of the time and are the same. On GPUs, JAX writes Threefry out
+itself, and the numbers are the same there, too: a key alone decides them. (JAX's generators "rbg"
+and "unsafe_rbg" give other numbers on other backends, and under `vmap`.)
 """
 
 from __future__ import annotations

@@ -31,12 +31,21 @@ class Schedule(NamedTuple):
 
 
 def cosine(lr: float, warmup: int, steps: int, floor: float) -> optax.Schedule:
-    """`warmup` linear steps to `lr`, then a cosine to `floor * lr`."""
+    """Rise linearly to `lr`, then fall along a cosine to `floor * lr`.
+
+    Args:
+      lr, warmup, steps, floor: see `optimise.warm_cosine`.
+    """
     return optimise.warm_cosine(lr, warmup, steps, floor)
 
 
 def constant(lr: float, warmup: int, steps: int, floor: float) -> optax.Schedule:
-    """`warmup` linear steps to `lr`, which stays."""
+    """Rise linearly to `lr`, which stays.
+
+    Args:
+      lr, warmup, steps: see `optimise.warm_cosine`.
+      floor: plays no part.
+    """
     del floor
     return optimise.warm_cosine(lr, warmup, steps, 1.0)
 

@@ -9,4 +9,4 @@ ATTACKS: dict[str, ModuleType] = {
     "begin": begin,
     "gradient_inversion": gradient_inversion,
 }
-"""Every attack's module. A new one needs an example in `tests/attacks/examples.py`."""
+"""Every attack's module. A new one needs an example in `tests/attack_examples.py`."""

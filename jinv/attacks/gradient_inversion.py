@@ -199,9 +199,14 @@ class Execution:
                 raise ValueError(f"{name} must be at least 1, not {value}")
 
     def for_one_seed(self, images: int) -> Execution:
-        """Adapt it to one seed, on as many of the devices as share its images evenly."""
-        devices = None if self.devices is None else math.gcd(images, self.devices)
-        return dataclasses.replace(self, devices=devices, seeds_at_once=None)
+        """Return how one seed of so many images is computed without the gradient.
+
+        It has no more of the devices than can share its images evenly.
+        """
+        devices = self.devices
+        if devices is not None:
+            devices = max(n for n in range(1, devices + 1) if images % n == 0)
+        return dataclasses.replace(self, devices=devices, seeds_at_once=None, images_at_once=None)
 
 
 def gradient_distance(
@@ -238,6 +243,10 @@ def _factors(tree: Any, layers: Mapping[str, float]) -> list[float]:
         return layers[max(fitting, key=len)] if fitting else 1.0
 
     return [factor(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+Labels = Sequence[int] | Sequence[Sequence[int]] | None
+"""K classes, or K for every seed; None where they are optimised."""
 
 
 class Data(NamedTuple):
@@ -319,10 +328,6 @@ class Attack:
         data = _data(self.config, self.net, evidence, labels)._replace(variables=())
         data = parallel.put(self.mesh, PartitionSpec(), data)
         return dataclasses.replace(self, data=data._replace(variables=self.data.variables))
-
-
-Labels = Sequence[int] | Sequence[Sequence[int]] | None
-"""K classes, K for every seed, or None where labels are optimised with the images."""
 
 
 def build(

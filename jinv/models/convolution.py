@@ -16,7 +16,15 @@ Pads = tuple[tuple[int, int], tuple[int, int]]
 def convolve(
     x: Array, weight: Array, *, stride: int = 1, padding: Padding = 0, groups: int = 1
 ) -> Array:
-    """Cross-correlation of images (B, H, W, I) with weight (k, k, I / groups, O)."""
+    """Return the cross-correlation (B, H', W', O) of images with a weight.
+
+    Args:
+      x: (B, H, W, I).
+      weight: (k, k, I / groups, O).
+      stride: of the window, along both axes.
+      padding: pixels a side, or TensorFlow's "SAME".
+      groups: channels are split into so many, each with filters of its own.
+    """
     pads = _pads(x.shape[1:3], weight.shape[:2], stride, padding)
     if jax.default_backend() == "cpu":
         return on_cpu(x, weight, stride, pads, groups)
@@ -24,7 +32,12 @@ def convolve(
 
 
 def direct(x: Array, weight: Array, stride: int, pads: Pads, groups: int) -> Array:
-    """XLA's own convolution: the reference, and the choice on GPU and TPU."""
+    """Return what XLA's own convolution gives: the reference, and the choice on GPU and TPU.
+
+    Args:
+      x, weight, stride, groups: see `convolve`.
+      pads: (before, after) of rows and of columns.
+    """
     return lax.conv_general_dilated(
         x,
         weight,
@@ -36,9 +49,12 @@ def direct(x: Array, weight: Array, stride: int, pads: Pads, groups: int) -> Arr
 
 
 def on_cpu(x: Array, weight: Array, stride: int, pads: Pads, groups: int) -> Array:
-    """Matrix products or shifted slices where these are faster than XLA's own convolution.
+    """Return the same by matrix products or shifted slices where these are faster on a CPU.
 
     Each form is as fast backward as it is forward, with respect to weights too.
+
+    Args:
+      x, weight, stride, pads, groups: see `direct`.
     """
     height, width, inputs, outputs = weight.shape
     if groups == 1:
@@ -66,7 +82,11 @@ def _unfolding_pays(x: Array, weight: Array, stride: int, pads: Pads) -> bool:
 
 
 def unfolded(x: Array, weight: Array, stride: int, pads: Pads) -> Array:
-    """Patches laid side by side (im2col), then one matrix product."""
+    """Lay patches side by side (im2col), then take one matrix product.
+
+    Args:
+      x, weight, stride, pads: see `direct`.
+    """
     outputs = weight.shape[-1]
     windows = [w for row in _shifted(x, weight, stride, pads) for w in row]
     return jnp.concatenate(windows, -1) @ weight.reshape(-1, outputs)
@@ -83,6 +103,11 @@ def depthwise(x: Array, weight: Array, stride: int, pads: Pads) -> Array:
 
     Differentiable in reverse mode to any order; JAX's own rule for the slices would fill k*k
     arrays with zeros (15 times slower for 5x5 with stride 2, 10 to 15 % of an EfficientNet step).
+
+    Args:
+      x: (B, H, W, C).
+      weight: (k, k, C).
+      stride, pads: see `direct`.
     """
     height, width = _output_size(x.shape[1:3], weight.shape, stride, pads)
     y = jnp.zeros((x.shape[0], height, width, x.shape[3]), x.dtype)

@@ -118,10 +118,16 @@ def _relu6_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Ar
 
 
 def max_pool(x: Array, window: int, stride: int, padding: int = 0) -> Array:
-    """Maximum over windows; the gradient goes to the first maximum of a window, as in torch.
+    """Return the maximum over windows; the gradient goes to a window's first, as in torch.
 
     Along the width, then along the height: 2 k instead of k * k shifted slices, of half the size
     (with the gradient 9 times as fast as one pass, 10 % of a ResNet-18 step).
+
+    Args:
+      x: (B, H, W, C).
+      window: k, side of the windows.
+      stride: between two windows.
+      padding: pixels a side, which count as minus infinity.
     """
     if padding:
         pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))

@@ -140,7 +140,14 @@ def register(
     classes: int,
     package: Package | None = None,
 ) -> None:
-    """Let `load` and config files know a network by this name; see `Entry`.
+    """Let `load` and config files know a network by this name.
+
+    Args:
+      name: what it is called.
+      build: `build(classes=..., rngs=...)` makes the module.
+      preprocessing: what makes an image normalised, and the usual size.
+      classes: the usual number.
+      package: an installable one that holds its weights, if there is any.
 
     Raises:
       ValueError: the name is taken, or looks like `package.module:function`.
@@ -153,7 +160,11 @@ def register(
 
 
 def entry(name: str) -> Entry:
-    """Return the registry's entry of this name, or one for a network of the user's own."""
+    """Return the registry's entry of this name, or one for a network of the user's own.
+
+    Raises:
+      ValueError: there is no such network.
+    """
     if own.names_one(name):
         net = own.make(name)
 
@@ -230,7 +241,12 @@ def _read(name: str, path: str | Path, wanted: Variables) -> dict[str, Any]:
 
 
 def packaged_weights(name: str) -> Path:
-    """Path of the network's weights inside its installed package, checksum verified."""
+    """Return the path of a network's weights inside its installed package, checksum verified.
+
+    Raises:
+      ValueError: no package holds its weights, or they are damaged.
+      FileNotFoundError: the package is not installed.
+    """
     package = entry(name).package
     if package is None:
         offered = ", ".join(n for n, e in _REGISTRY.items() if e.package)

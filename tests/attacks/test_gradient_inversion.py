@@ -327,7 +327,7 @@ def test_other_labels_must_fit_too() -> None:
 
 def test_execution_of_one_seed_keeps_the_devices_it_can_use() -> None:
     many = Execution(devices=8, seeds_at_once=2, images_at_once=1, gradients="formed")
-    assert many.for_one_seed(6) == Execution(devices=2, images_at_once=1, gradients="formed")
+    assert many.for_one_seed(6) == Execution(devices=6, gradients="formed")
     assert many.for_one_seed(8).devices == 8
     assert Execution().for_one_seed(3) == Execution()
 

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from examples import EXAMPLES
 from jax.sharding import Mesh
 
+from attack_examples import EXAMPLES
 from jinv import optimise
 from jinv.attacks import ATTACKS, gradient_inversion
 from jinv.federated import evidence
@@ -22,7 +22,7 @@ from jinv.optimise import Chunk, State
 @pytest.fixture(params=ATTACKS, scope="module")
 def attack(request: pytest.FixtureRequest) -> Any:
     name = request.param
-    assert name in EXAMPLES, f"attack {name!r} has no example: give one in tests/attacks/examples"
+    assert name in EXAMPLES, f"attack {name!r} has no example: give one in tests/attack_examples.py"
     return EXAMPLES[name]()
 
 
