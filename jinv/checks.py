@@ -4,9 +4,43 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import types
-from collections.abc import Iterable
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+T = TypeVar("T", bound=Callable)
+
+
+CHANGED = {
+    "optimiser": "is now called `optimizer`, as in optax",
+    "checkpoint_every": "is now `checkpoint_seconds`, a time: every so many seconds",
+    "stack": "is gone: networks of one architecture are computed like any others, which is faster",
+}
+"""What has become of keys that configs and command lines once had."""
+
+
+def todays_keywords(called: T) -> T:
+    """Let calls with a keyword of an older version fail with what has become of it.
+
+    A decorator for functions, and for dataclasses as they are once they are made.
+    """
+    inner: Any = vars(called)["__init__"] if isinstance(called, type) else called
+
+    @functools.wraps(inner)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        for key in CHANGED.keys() & kwargs.keys() - _parameters(inner):
+            raise TypeError(f"{getattr(called, '__name__', called)}: `{key}` {CHANGED[key]}")
+        return inner(*args, **kwargs)
+
+    if not isinstance(called, type):
+        return cast("T", checked)
+    called.__init__ = checked  # type: ignore[misc]
+    return called
+
+
+def _parameters(function: Callable) -> set[str]:
+    return set(inspect.signature(function).parameters)
 
 
 def one_of(what: str, value: Any, choices: Iterable[Any]) -> None:

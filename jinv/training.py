@@ -41,6 +41,7 @@ _BATCH = PartitionSpec(parallel.BATCH)
 Learns = Literal["all", "head", "all_but_batch_norm"]
 
 
+@checks.todays_keywords
 @dataclasses.dataclass(frozen=True)
 class Config:
     """The mathematics of a training run; every epoch drops the images that fill no batch.

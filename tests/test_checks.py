@@ -8,7 +8,10 @@ from typing import Any, Literal
 
 import pytest
 
-from jinv import checks
+from jinv import checks, shadow, training
+from jinv.attacks import gradient_inversion
+from jinv.objective import ensemble
+from jinv.runs import attack_run
 
 Flavour = Literal["sweet", "sour"]
 
@@ -75,3 +78,26 @@ def test_names_that_are_taken_or_none_are_not_free(name: str) -> None:
     checks.free("dish", "b", {"a": 1})
     with pytest.raises(ValueError, match=f"^a new dish cannot be called '{name}': taken are a$"):
         checks.free("dish", name, {"a": 1})
+
+
+@pytest.mark.parametrize(
+    ("called", "keyword"),
+    [
+        (training.Config, "optimiser"),
+        (gradient_inversion.Config, "optimiser"),
+        (shadow.Config, "optimiser"),
+        (shadow.make_train, "optimiser"),
+        (ensemble.Execution, "stack"),
+        (attack_run.Options, "checkpoint_every"),
+    ],
+)
+def test_keywords_of_yesterday_say_what_has_become_of_them(called: Any, keyword: str) -> None:
+    with pytest.raises(TypeError) as caught:
+        called(**{keyword: 1})
+    assert str(caught.value) == f"{called.__name__}: `{keyword}` {checks.CHANGED[keyword]}"
+
+
+def test_other_keywords_fail_as_usual() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'nothing'"):
+        training.Config(nothing=1)  # type: ignore[call-arg]
+    assert training.Config(optimizer="adam") == training.Config(optimizer="adam")

@@ -38,6 +38,7 @@ _TAKEN = ("loss", "gradient", "batch_norm", "group", "step", "phase")
 """Names in metrics that an extra term cannot have."""
 
 
+@checks.todays_keywords
 @dataclasses.dataclass(frozen=True)
 class Config:
     """What defines the mathematics. Defaults: the published ImageNet settings.

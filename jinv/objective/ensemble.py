@@ -55,6 +55,7 @@ class Part:
         return float((lowered.cost_analysis() or {}).get("flops", 1.0))
 
 
+@checks.todays_keywords
 @dataclasses.dataclass(frozen=True)
 class Execution:
     """How networks are computed; no value depends on it beyond rounding.

@@ -11,13 +11,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax import Array
 
-from jinv import optimise, parallel
+from jinv import checks, optimise, parallel
 from jinv.files import write_atomic
 from jinv.runs.progress import Progress
 from jinv.runs.run_folder import FolderError, RunFolder
 from jinv.runs.signals import Signals
 
 
+@checks.todays_keywords
 @dataclasses.dataclass(frozen=True)
 class Options:
     """How a run goes; nothing here changes its result.

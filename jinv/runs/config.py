@@ -12,14 +12,10 @@ from typing import Any, TypeVar, get_args, get_type_hints
 import dacite
 import yaml
 
+from jinv.checks import CHANGED
+
 T = TypeVar("T")
 
-CHANGED = {
-    "optimiser": "is now called `optimizer`, as in optax",
-    "checkpoint_every": "is now `checkpoint_seconds`, a time: every so many seconds",
-    "stack": "is gone: networks of one architecture are computed like any others, which is faster",
-}
-"""What has become of keys that configs and command lines once had."""
 _RENAMED, _GONE = {"optimiser": "optimizer"}, ("checkpoint_every", "stack")
 
 

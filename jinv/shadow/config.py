@@ -74,6 +74,7 @@ class Privacy:
         return self.probability(examples) * examples
 
 
+@checks.todays_keywords
 @dataclasses.dataclass(frozen=True)
 class Config:
     """How a shadow model is trained. Defaults: MNIST, N = 10.

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import optax
 
+from jinv import checks
 from jinv.shadow import ordinary, rowspace
 from jinv.shadow.config import Config, Train, make_head, make_optimizer
 from jinv.shadow.heads import Head
 
 
+@checks.todays_keywords
 def make_train(
     config: Config,
     *,
