@@ -292,6 +292,12 @@ def moments_of_update(
 _VALUES, _MEAN, _VAR = "values.", "moments.{}.mean", "moments.{}.var"
 
 
+def _beside(path: Path, ending: str) -> Path:
+    """Return one of the two files of some evidence, whose name may have dots of its own."""
+    name = path.name.removesuffix(".safetensors").removesuffix(".json")
+    return path.with_name(name + ending)
+
+
 def save(path: str | Path, evidence: Evidence) -> None:
     """Write FILE.safetensors (torch's names and layouts) and FILE.json beside it."""
     path = Path(path)
@@ -301,9 +307,9 @@ def save(path: str | Path, evidence: Evidence) -> None:
     for i, moments in enumerate(evidence.moments or ()):
         state[_MEAN.format(i)] = np.asarray(moments.mean)
         state[_VAR.format(i)] = np.asarray(moments.var)
-    weights_convert.write(path.with_suffix(".safetensors"), state)
+    weights_convert.write(_beside(path, ".safetensors"), state)
     circumstances = dataclasses.asdict(evidence.circumstances)
-    write_atomic(path.with_suffix(".json"), json.dumps(circumstances, indent=2) + "\n")
+    write_atomic(_beside(path, ".json"), json.dumps(circumstances, indent=2) + "\n")
 
 
 def load(path: str | Path, net: Net) -> Evidence:
@@ -313,9 +319,9 @@ def load(path: str | Path, net: Net) -> Evidence:
       ValueError: the files or what is in them do not fit the network; every layer is named.
     """
     path = Path(path)
-    state = weights_convert.read(path.with_suffix(".safetensors"))
+    state = weights_convert.read(_beside(path, ".safetensors"))
     try:
-        found = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        found = json.loads(_beside(path, ".json").read_text(encoding="utf-8"))
         local = found.pop("local", None)
         if local is not None:
             local = Local(float(local["lr"]), tuple(tuple(map(int, b)) for b in local["batches"]))

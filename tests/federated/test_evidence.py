@@ -317,3 +317,14 @@ def test_a_client_is_compiled_once() -> None:
 def test_a_simulator_of_unknown_statistics_is_refused() -> None:
     with pytest.raises(ValueError, match="statistics is one of none, running, exact, update"):
         evidence.simulator(tiny.network(), statistics="all")  # type: ignore[arg-type]
+
+
+def test_names_with_dots_are_names_of_their_own(tmp_path: Path) -> None:
+    net = tiny.network()
+    for i, name in enumerate(("client.1", "client.2", "lr0.1", "lr0.01")):
+        held, _ = evidence.simulate(net, tiny.noise((i + 1, 16, 16, 3)), [0] * (i + 1))
+        evidence.save(tmp_path / name, held)
+    for i, name in enumerate(("client.1", "client.2", "lr0.1", "lr0.01")):
+        for ending in ("", ".safetensors", ".json"):
+            assert evidence.load(tmp_path / f"{name}{ending}", net).images == i + 1
+    assert len(list(tmp_path.iterdir())) == 8
