@@ -124,6 +124,7 @@ def draw(graph: Graph, out: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "jinv"  # the same picture from the same graph
     from matplotlib import pyplot
 
     levels = floors(graph)
@@ -138,7 +139,7 @@ def draw(graph: Graph, out: Path) -> None:
     }
     figure, axes = pyplot.subplots(figsize=(2.1 * widest, 1.05 * len(rows)))
     for room, imported in graph.items():
-        for other in imported:
+        for other in sorted(imported):
             axes.annotate(
                 "",
                 xy=places[other],
