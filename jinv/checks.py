@@ -26,10 +26,11 @@ def todays_keywords(called: T) -> T:
     A decorator for functions, and for dataclasses as they are once they are made.
     """
     inner: Any = vars(called)["__init__"] if isinstance(called, type) else called
+    gone = CHANGED.keys() - inspect.signature(inner).parameters
 
     @functools.wraps(inner)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        for key in CHANGED.keys() & kwargs.keys() - _parameters(inner):
+        for key in gone & kwargs.keys():
             raise TypeError(f"{getattr(called, '__name__', called)}: `{key}` {CHANGED[key]}")
         return inner(*args, **kwargs)
 
@@ -37,10 +38,6 @@ def todays_keywords(called: T) -> T:
         return cast("T", checked)
     called.__init__ = checked  # type: ignore[misc]
     return called
-
-
-def _parameters(function: Callable) -> set[str]:
-    return set(inspect.signature(function).parameters)
 
 
 def one_of(what: str, value: Any, choices: Iterable[Any]) -> None:

@@ -313,9 +313,7 @@ class Inversion(command.Loaded):
         ending = page.ending(
             told, hardware.describe(), configs.to_yaml(self.config), placement=summary.placement
         )
-        dataclasses.replace(body, sections=[*body.sections, *ending]).write(
-            folder.path / "report.html"
-        )
+        body.write(folder.path / "report.html", ending)
         return command.finish(folder, summary)
 
     def _diversity(

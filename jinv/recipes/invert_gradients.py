@@ -448,9 +448,7 @@ class GradientInversion(command.Loaded):
         ending = page.ending(
             told, hardware.describe(), configs.to_yaml(self.config), devices=summary.device
         )
-        dataclasses.replace(body, sections=[*body.sections, *ending]).write(
-            folder.path / "report.html"
-        )
+        body.write(folder.path / "report.html", ending)
         return command.finish(folder, summary)
 
     def _rows(

@@ -124,9 +124,9 @@ class Page:
     sections: Sequence[Section]
     lead: str = ""
 
-    def write(self, path: str | os.PathLike[str]) -> None:
-        """Write the page as one self-contained HTML file, see `write_html`."""
-        write_html(path, self.title, self.sections, lead=self.lead)
+    def write(self, path: str | os.PathLike[str], ending: Sequence[Section] = ()) -> None:
+        """Write the page, and sections that close it, as one HTML file, see `write_html`."""
+        write_html(path, self.title, [*self.sections, *ending], lead=self.lead)
 
 
 def ending(

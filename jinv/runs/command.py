@@ -103,7 +103,7 @@ class Command(Generic[C]):
       say: summary -> the main point, in a line; "" for none.
       presets: name -> config of the attack, for `attack: {preset: NAME}`.
       compare: writes the page of a study and finishes its folder; None if the command has none. A
-        command with one has `seed` and `trials` in its config, and loads a `Trial`.
+        command with one has `seed` and `trials` in its config, and what it loads has `with_seed`.
       study: dataclass of a study's summary.
       free: beginnings of the keys that a resumed run may change.
       less: flags to try where memory does not suffice.

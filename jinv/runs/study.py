@@ -168,8 +168,7 @@ def finish(
     """
     config = (whole.path / "config.yaml").read_text()
     ending = page.Section("Config", page.Text(config))
-    whole_page = dataclasses.replace(told, sections=[*told.sections, ending])
-    whole_page.write(whole.path / "report.html")
+    told.write(whole.path / "report.html", [ending])
     whole.finish(
         {
             "runs": {run.folder: s for run, s in zip(chosen, summaries, strict=True)},

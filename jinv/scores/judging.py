@@ -17,9 +17,6 @@ from jinv import image
 from jinv.image import Preprocessing
 from jinv.net import Net, Outputs, Variables
 
-PIXELS_RGB = Preprocessing(size=1, mean=(0.0,) * 3, std=(1.0,) * 3)
-PIXELS_GRAY = Preprocessing(size=1, mean=(0.0,), std=(1.0,))
-
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
@@ -72,7 +69,7 @@ def _predict(
 ) -> tuple[Array, Array | None]:
     """Probabilities and features. No program computes the moments, which nobody asks for."""
     resized = image.resize(jnp.clip(pixels, 0, 1), wanted.size, "bicubic")
-    space = PIXELS_GRAY if pixels.shape[-1] == 1 else PIXELS_RGB
+    space = image.pixels(1 if pixels.shape[-1] == 1 else 3)
     outputs = apply(variables, image.convert(jnp.clip(resized, 0, 1), space, wanted))
     return jax.nn.softmax(outputs.logits), outputs.features
 

@@ -20,7 +20,6 @@ import json
 import math
 import os
 import secrets
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -32,9 +31,8 @@ from jinv.files import write_atomic
 from jinv.runs import config as configs
 
 Dtype = Literal["float32", "bfloat16"]
-METADATA, CONFIG, SUMMARY = "shadows.json", "config.yaml", "summary.json"
+METADATA = "shadows.json"
 STATISTICS = "statistics.npz"
-FILES = (SUMMARY, STATISTICS, CONFIG)
 ARRAYS = ("weights", "loss", "attempts")
 VERSION = 1
 _MANY = 2**31 - 1
@@ -243,19 +241,6 @@ class Store:
 
     def _shard(self, seed: int, name: str = "weights") -> Path:
         return self.folder / name / "c" / str(seed) / ("0/0" if name == "weights" else "0")
-
-
-def remove(folder: str | Path) -> None:
-    """Remove a store, and nothing else that is in its folder."""
-    folder = Path(folder)
-    if not (folder / METADATA).exists():
-        return
-    # The metadata last: a removal that is cut leaves a store that can be removed.
-    for name in FILES:
-        (folder / name).unlink(missing_ok=True)
-    for name in ARRAYS:
-        shutil.rmtree(folder / name, ignore_errors=True)
-    (folder / METADATA).unlink(missing_ok=True)
 
 
 def _open(folder: Path, told: Metadata, name: str, *, create: bool = False) -> Any:
