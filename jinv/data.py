@@ -18,12 +18,13 @@ import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from jinv import image
+from jinv import checks, image
+from jinv.checks import File
 from jinv.image import Preprocessing
 
 Split = Literal["train", "validation", "test"]
@@ -508,7 +509,7 @@ class Source:
     """
 
     format: Literal["fashion_mnist", "idx", "images", "arrays", "tfds"] = "fashion_mnist"
-    folder: str | None = None
+    folder: Annotated[str, File()] | None = None
     name: str | None = None
     transposed: bool = False
     image: str = "image"
@@ -516,6 +517,7 @@ class Source:
     splits: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        checks.fields(self)
         if self.folder is None and self.format not in ("fashion_mnist", "tfds"):
             raise ValueError(f"data of the format {self.format!r} needs its folder")
         if self.transposed and self.format != "idx":

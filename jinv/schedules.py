@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import optax
 
 from jinv import checks, optimise
+from jinv.checks import Word
 
 Rate = Callable[[float, int, int, float], optax.Schedule]
 """(lr, warmup, steps, floor) -> the learning rate by step."""
@@ -64,6 +65,16 @@ OPTIMIZERS: dict[str, Optimizer] = {"adam": optax.adam, "sgd": optax.sgd, LBFGS:
 """Optimizers by name; every other name is looked up in optax."""
 
 
+def is_optimizer(name: str) -> bool:
+    """Whether `optimizer` knows the name."""
+    factory = OPTIMIZERS.get(name) or getattr(optax, name, None)
+    return not name.startswith("_") and callable(factory) and not isinstance(factory, type)
+
+
+ScheduleName = Annotated[str, Word(lambda: SCHEDULES)]
+OptimizerName = Annotated[str, Word(lambda: OPTIMIZERS, is_optimizer, "and all of optax")]
+
+
 def register_schedule(name: str, rate: Rate, reads: tuple[str, ...] = ()) -> None:
     """Make a schedule of your own a word of the attacks' configs.
 
@@ -104,12 +115,11 @@ def optimizer(name: str) -> Optimizer:
     Raises:
       ValueError: there is none.
     """
-    factory = OPTIMIZERS.get(name) or getattr(optax, name, None)
-    if name.startswith("_") or not callable(factory) or isinstance(factory, type):
+    if not is_optimizer(name):
         raise ValueError(
             f"no optimizer is called {name!r}; there are: {', '.join(OPTIMIZERS)} and all of optax"
         )
-    return factory
+    return OPTIMIZERS.get(name) or getattr(optax, name)
 
 
 def make_optimizer(

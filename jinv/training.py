@@ -21,6 +21,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from jinv import checks, image, optimise, parallel
+from jinv.checks import (
+    Count,
+    Natural,
+    NotNegative,
+    Positive,
+    PositiveShare,
+    Share,
+    ShareBelowOne,
+)
 from jinv.data import Dataset
 from jinv.net import (
     Moments,
@@ -66,23 +75,23 @@ class Config:
         with their running statistics, which stay as they are.
     """
 
-    epochs: int = 3
-    batch: int = 128
+    epochs: Count = 3
+    batch: Count = 128
     optimizer: Literal["sgd", "adam"] = "sgd"
-    lr: float = 0.1
-    momentum: float = 0.9
+    lr: Positive = 0.1
+    momentum: ShareBelowOne = 0.9
     nesterov: bool = True
-    weight_decay: float = 5e-4
-    warmup: int = 100
-    lr_floor: float = 0.0
-    label_smoothing: float = 0.0
+    weight_decay: NotNegative = 5e-4
+    warmup: Natural = 100
+    lr_floor: Share = 0.0
+    label_smoothing: ShareBelowOne = 0.0
     flip: bool = False
-    crop: int = 0
-    statistics_momentum: float = 0.1
+    crop: Natural = 0
+    statistics_momentum: PositiveShare = 0.1
     learns: Learns = "all"
 
     def __post_init__(self) -> None:
-        checks.words(self)
+        checks.fields(self)
         if self.optimizer == "adam":
             checks.unused(self, "optimizer is 'adam', which has its own", "momentum", "nesterov")
         if self.learns != "all":
@@ -91,14 +100,6 @@ class Config:
                 "running statistics stay as they are unless all is learned",
                 "statistics_momentum",
             )
-        if self.epochs < 1 or self.batch < 1 or self.lr <= 0:
-            raise ValueError("epochs, batch and lr must be positive")
-        if min(self.weight_decay, self.warmup, self.lr_floor, self.crop) < 0:
-            raise ValueError("weight_decay, warmup, lr_floor and crop must not be negative")
-        if not (0 <= self.label_smoothing < 1 and 0 <= self.momentum < 1):
-            raise ValueError("label_smoothing and momentum must be at least 0 and below 1")
-        if not 0 < self.statistics_momentum <= 1:
-            raise ValueError("statistics_momentum must be above 0 and at most 1")
         if self.nesterov and not self.momentum and self.optimizer == "sgd":
             raise ValueError("nesterov needs a momentum")
 

@@ -41,7 +41,7 @@ def halving(lr: float, warmup: int, steps: int, floor: float) -> optax.Schedule:
 
 
 def test_a_schedule_of_ones_own_sets_the_learning_rate() -> None:
-    with pytest.raises(ValueError, match="schedule is one of cosine, constant, plateau, not"):
+    with pytest.raises(ValueError, match="schedule must be one of cosine, constant, plateau, not"):
         deepinversion.Config(schedule="halving")
     schedules.register_schedule("halving", halving)
     config = deepinversion.Config(schedule="halving", lr=0.8, optimizer="sgd", optimizer_args={})
@@ -59,7 +59,7 @@ def test_options_that_a_schedule_does_not_read_are_refused() -> None:
     deepinversion.Config(schedule="halving", plateau_factor=0.1)
     with pytest.raises(ValueError, match=r"lr_floor: 0.5 plays no part: schedule is 'halving'"):
         deepinversion.Config(schedule="halving", lr_floor=0.5)
-    with pytest.raises(ValueError, match="schedule is one of cosine, constant, not 'halving'"):
+    with pytest.raises(ValueError, match="schedule must be one of cosine, constant, not 'halving'"):
         gradient_inversion.Config(schedule="halving")  # which has no plateau_factor
 
 
@@ -67,7 +67,7 @@ def test_an_optimizer_of_ones_own_moves_the_images() -> None:
     def backwards(learning_rate: Any, gain: float = 1.0) -> optax.GradientTransformation:
         return optax.chain(optax.scale_by_learning_rate(learning_rate), optax.scale(-gain))
 
-    with pytest.raises(ValueError, match="no optimizer is called 'backwards'; there are: adam"):
+    with pytest.raises(ValueError, match="optimizer must be one of adam, sgd"):
         deepinversion.Config(optimizer="backwards")
     schedules.register_optimizer("backwards", backwards)
     config = gradient_inversion.Config(optimizer="backwards", optimizer_args={"gain": 3.0})

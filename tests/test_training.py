@@ -418,8 +418,8 @@ def test_a_loss_that_is_not_finite_is_told(net: Net) -> None:
         ({"label_smoothing": 1.0}, "label_smoothing"),
         ({"momentum": 0.0}, "nesterov"),
         ({"statistics_momentum": 0.0}, "statistics_momentum"),
-        ({"learns": "tail"}, "learns is one of all, head, all_but_batch_norm"),
-        ({"optimizer": "adamm"}, "optimizer is one of sgd, adam, not 'adamm'"),
+        ({"learns": "tail"}, "learns must be one of all, head, all_but_batch_norm"),
+        ({"optimizer": "adamm"}, "optimizer must be one of sgd, adam, not 'adamm'"),
         (
             {"optimizer": "adam", "momentum": 0.5},
             "momentum: 0.5 plays no part: optimizer is 'adam'",

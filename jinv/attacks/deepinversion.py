@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from jinv import checks, image, optimise, parallel, schedules
+from jinv.checks import Count, Natural, NotNegative, Positive, PositiveShare, Share, Some
 from jinv.image import Preprocessing
 from jinv.net import Net, Outputs
 from jinv.objective import ensemble, microbatch, priors
@@ -59,11 +60,14 @@ class Phase:
       lr: learning rate of this phase, if another than the config's.
     """
 
-    steps: int
-    downscale: int = 1
-    jitter: int = 30
-    tv_l2: float | None = None
-    lr: float | None = None
+    steps: Count
+    downscale: Count = 1
+    jitter: Natural = 30
+    tv_l2: NotNegative | None = None
+    lr: Positive | None = None
+
+    def __post_init__(self) -> None:
+        checks.fields(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,47 +106,36 @@ class Config:
       init_std: standard deviation of the initial noise, in normalised units.
     """
 
-    phases: tuple[Phase, ...] = (Phase(2000, downscale=2, jitter=15), Phase(1000))
+    phases: Annotated[tuple[Phase, ...], Some()] = (
+        Phase(2000, downscale=2, jitter=15),
+        Phase(1000),
+    )
     coarse: Literal["pooled", "small"] = "pooled"
-    lr: float = 0.25
-    optimizer: str = "adam"
+    lr: Positive = 0.25
+    optimizer: schedules.OptimizerName = "adam"
     optimizer_args: Mapping[str, Any] = dataclasses.field(
         default_factory=lambda: {"b1": 0.5, "b2": 0.9, "eps": 1e-8}
     )
-    schedule: str = "cosine"
-    warmup: int = 100
-    lr_floor: float = 0.0
-    plateau_patience: float = 5.0
-    plateau_factor: float = 0.5
-    early_stop: float | None = None
+    schedule: schedules.ScheduleName = "cosine"
+    warmup: Natural = 100
+    lr_floor: Share = 0.0
+    plateau_patience: Positive = 5.0
+    plateau_factor: PositiveShare = 0.5
+    early_stop: Positive | None = None
     label_loss: LabelLoss = "cross_entropy"
-    temperature: float = 1.0
-    tv_l2: float = 1e-4
-    tv_l1: float = 0.0
+    temperature: Positive = 1.0
+    tv_l2: NotNegative = 1e-4
+    tv_l1: NotNegative = 0.0
     tv_per_image: bool = False
-    l2: float = 1e-5
-    adaptive: float = 0.0
-    adaptive_temperature: float = 3.0
-    flip: float = 0.5
+    l2: NotNegative = 1e-5
+    adaptive: NotNegative = 0.0
+    adaptive_temperature: Positive = 3.0
+    flip: Share = 0.5
     clip: bool = True
-    init_std: float = 1.0
+    init_std: NotNegative = 1.0
 
     def __post_init__(self) -> None:
-        if not self.phases:
-            raise ValueError("a config needs at least one phase")
-        for phase in self.phases:
-            if phase.steps < 1 or phase.downscale < 1 or phase.jitter < 0:
-                raise ValueError(
-                    f"steps and downscale must be positive, jitter at least 0: {phase}"
-                )
-        checks.words(self)
-        if self.temperature <= 0 or self.adaptive_temperature <= 0:
-            raise ValueError("temperatures must be positive")
-        if not 0 <= self.lr_floor <= 1:
-            raise ValueError(f"lr_floor is a share of the learning rate, not {self.lr_floor}")
-        if not 0 <= self.flip <= 1:
-            raise ValueError(f"flip is a probability, not {self.flip}")
-        schedules.optimizer(self.optimizer)
+        checks.fields(self)
         if self.optimizer == schedules.LBFGS:
             raise ValueError(
                 "L-BFGS searches along each step, but these images are rolled and mirrored at "

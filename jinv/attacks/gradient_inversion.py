@@ -24,6 +24,7 @@ from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
 from jinv import checks, image, optimise, parallel, schedules
+from jinv.checks import Count, Natural, NotNegative, Positive, Share
 from jinv.federated import defences, registration
 from jinv.federated import evidence as evidences
 from jinv.federated.defences import Defence
@@ -71,40 +72,33 @@ class Config:
       init_std: standard deviation of the initial noise, in normalised units.
     """
 
-    steps: int = 20000
-    lr: float = 0.1
-    schedule: str = "cosine"
-    warmup: int = 50
-    lr_floor: float = 0.0
-    optimizer: str = "adam"
+    steps: Count = 20000
+    lr: Positive = 0.1
+    schedule: schedules.ScheduleName = "cosine"
+    warmup: Natural = 50
+    lr_floor: Share = 0.0
+    optimizer: schedules.OptimizerName = "adam"
     optimizer_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     signed: bool = False
-    distance: str = "l2"
-    gradient: float = 1e-3
-    layers: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    tv_l2: float = 1e-4
-    tv_l1: float = 0.0
-    l2: float = 1e-6
-    batch_norm: float = 0.1
-    first_bn_multiplier: float = 1.0
+    distance: gradient_matching.DistanceName = "l2"
+    gradient: NotNegative = 1e-3
+    layers: Mapping[str, NotNegative] = dataclasses.field(default_factory=dict)
+    tv_l2: NotNegative = 1e-4
+    tv_l1: NotNegative = 0.0
+    l2: NotNegative = 1e-6
+    batch_norm: NotNegative = 0.1
+    first_bn_multiplier: NotNegative = 1.0
     bn_weighting: priors.LayerWeighting = "published"
-    seeds: int = 8
-    group: float = 0.01
-    group_from: int = 5000
-    group_every: int = 100
-    noise: float = 0.2
+    seeds: Count = 8
+    group: NotNegative = 0.01
+    group_from: Natural = 5000
+    group_every: Count = 100
+    noise: NotNegative = 0.2
     clip: bool = True
-    init_std: float = 1.0
+    init_std: NotNegative = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "seeds", "group_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not 0 <= self.lr_floor <= 1:
-            raise ValueError(f"lr_floor is a share of the learning rate, not {self.lr_floor}")
-        checks.words(self)
-        checks.one_of("distance", self.distance, gradient_matching.DISTANCES)
-        schedules.optimizer(self.optimizer)
+        checks.fields(self)
         schedules.check_schedule(self)
         self._check_unused()
 
@@ -187,17 +181,13 @@ class Execution:
         "formed" forms all.
     """
 
-    devices: int | None = None
-    seeds_at_once: int | None = None
-    images_at_once: int | None = None
+    devices: Count | None = None
+    seeds_at_once: Count | None = None
+    images_at_once: Count | None = None
     gradients: gradient_matching.Form = "auto"
 
     def __post_init__(self) -> None:
-        checks.words(self)
-        for name in ("seeds_at_once", "images_at_once"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+        checks.fields(self)
 
     def for_one_seed(self, images: int) -> Execution:
         """Return how one seed of so many images is computed without the gradient.

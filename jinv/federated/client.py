@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jinv import data, image
-from jinv.checks import words
+from jinv import checks, data, image
+from jinv.checks import Class, Count, File, Natural, Positive
 from jinv.data import Split
 from jinv.federated.defences import Defence
 from jinv.federated.evidence import Local, Statistics
@@ -40,25 +40,21 @@ class Client:
 
     data: data.Source = dataclasses.field(default_factory=data.Source)
     split: Split = "test"
-    files: tuple[str, ...] = ()
-    classes: tuple[int, ...] = ()
-    images: int = 8
-    distractors: int = 1000
+    files: tuple[Annotated[str, File()], ...] = ()
+    classes: tuple[Class, ...] = ()
+    images: Count = 8
+    distractors: Natural = 1000
     training: bool = False
     statistics: Statistics = "running"
-    local_steps: int = 0
-    local_lr: float = 0.01
-    local_batch: int | None = None
+    local_steps: Natural = 0
+    local_lr: Positive = 0.01
+    local_batch: Count | None = None
     defence: Defence = dataclasses.field(default_factory=Defence)
 
     def __post_init__(self) -> None:
-        words(self)
-        if self.images < 1 or self.distractors < 0 or self.local_steps < 0:
-            raise ValueError("images must be at least 1, distractors and local_steps at least 0")
+        checks.fields(self)
         if self.classes and len(self.classes) != len(self.files):
             raise ValueError(f"{len(self.classes)} classes are given for {len(self.files)} files")
-        if self.local_batch is not None and self.local_batch < 1:
-            raise ValueError(f"local_batch must be at least 1, not {self.local_batch}")
 
     @property
     def count(self) -> int:

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ import numpy as np
 from jax import Array
 
 from jinv import checks
+from jinv.checks import NotNegative, Positive, PositiveShare, Range
 from jinv.federated.evidence import Evidence, Parameters
 from jinv.objective import priors
 
@@ -45,31 +46,20 @@ class Defence:
         is kept, as in QSGD (arXiv 1610.02132), instead of to the nearest. Needs bits.
     """
 
-    clip: float | None = None
-    noise_multiplier: float = 0.0
-    keep: float = 1.0
+    clip: Positive | None = None
+    noise_multiplier: NotNegative = 0.0
+    keep: PositiveShare = 1.0
     keep_per: KeepPer = "update"
-    quantise: Literal["sign"] | int | None = None
+    quantise: Literal["sign"] | Annotated[int, Range(1, 16)] | None = None
     stochastic: bool = False
 
     def __post_init__(self) -> None:
-        if self.clip is not None and not 0 < self.clip < math.inf:
-            raise ValueError(f"clip must be a positive norm, not {self.clip}")
-        if not 0 <= self.noise_multiplier < math.inf:
-            raise ValueError(f"noise_multiplier cannot be {self.noise_multiplier}")
+        checks.fields(self)
         if self.noise_multiplier and self.clip is None:
             raise ValueError("noise_multiplier is in units of clip: set clip too")
-        if not 0 < self.keep <= 1:
-            raise ValueError(f"keep is a share above 0 and up to 1, not {self.keep}")
-        checks.words(self)
         if self.keep == 1:
             checks.unused(self, "keep is 1: every coordinate is sent", "keep_per")
-        bits = isinstance(self.quantise, int) and not isinstance(self.quantise, bool)
-        if bits and not 1 <= self.quantise <= 16:  # type: ignore[operator]
-            raise ValueError(f"quantise takes 1 to 16 bits, not {self.quantise}")
-        if not bits and self.quantise not in (None, "sign"):
-            raise ValueError(f"quantise is 'sign' or a number of bits, not {self.quantise!r}")
-        if self.stochastic and not bits:
+        if self.stochastic and self.quantise in (None, "sign"):
             raise ValueError("stochastic rounding is between levels: set quantise to some bits")
 
     def describe(self) -> str:

@@ -83,7 +83,7 @@ class Evidence:
     local: Local | None = None
 
     def __post_init__(self) -> None:
-        checks.words(self)
+        checks.fields(self)
         if self.images < 1:
             raise ValueError(f"evidence is of at least one image, not {self.images}")
         if (self.moments is not None) != (self.statistics in _WITH_MOMENTS):

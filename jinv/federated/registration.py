@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import numpy as np
 from jax import Array
 
 from jinv import checks
+from jinv.checks import Word
 
 Register = Callable[[Array, Array], Array]
 """(images, reference), both (..., H, W, C) -> the images moved onto the reference."""
@@ -128,6 +130,7 @@ REGISTRATIONS: dict[str, Register | None] = {
     "flow": on_host(by_flow),
 }
 """Ways of moving candidates onto their mean before the consensus is taken, by name."""
+Name = Annotated[str, Word(lambda: REGISTRATIONS)]
 
 
 def register(name: str, method: Register | None) -> None:

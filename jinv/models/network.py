@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from jinv import checks
+from jinv.checks import Count, File
 from jinv.models import own, registry, trained
 from jinv.net import Net
 
@@ -25,10 +27,13 @@ class Network:
       classes: number of classes, if not the usual one.
     """
 
-    model: str
-    weights: str = "package"
-    classes: int | None = None
+    model: registry.Name
+    weights: Annotated[str, File(("package", "random"))] = "package"
+    classes: Count | None = None
     name: str | None = None
+
+    def __post_init__(self) -> None:
+        checks.fields(self)
 
     @property
     def label(self) -> str:

@@ -6,13 +6,14 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 import weights_convert
+from jinv.checks import Word
 from jinv.image import Preprocessing
 from jinv.models import (
     efficientnet,
@@ -157,6 +158,12 @@ def register(
     if own.names_one(name):
         raise ValueError(f"a registered name holds no colon: {name!r}")
     _REGISTRY[name] = Entry(build, preprocessing, classes, package)
+
+
+Name = Annotated[
+    str, Word(lambda: _REGISTRY, own.names_one, "package.module:function for your own")
+]
+"""The name of a network, in configs."""
 
 
 def entry(name: str) -> Entry:

@@ -24,6 +24,7 @@ from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
 from jinv import checks, parallel
+from jinv.checks import Count
 from jinv.objective.terms import weigh
 
 NETWORKS = "networks"
@@ -70,17 +71,13 @@ class Execution:
         one more forward pass; all at once by default. See `microbatch`.
     """
 
-    devices: int | None = None
+    devices: Count | None = None
     placement: Literal["auto", "data", "networks"] = "auto"
-    networks_at_once: int | None = 1
-    images_at_once: int | None = None
+    networks_at_once: Count | None = 1
+    images_at_once: Count | None = None
 
     def __post_init__(self) -> None:
-        checks.words(self)
-        for name in ("networks_at_once", "images_at_once"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+        checks.fields(self)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ Convolutions are such layers of their patches. Exact in exact arithmetic; in flo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jax import Array
 from jax.extend import core
 
 from jinv import checks
+from jinv.checks import Word
 from jinv.objective import priors
 
 Form = Literal["auto", "formed"]
@@ -68,6 +69,7 @@ def cosine(factors: Sequence[float], matches: Sequence[Match]) -> Array:
 
 
 DISTANCES: dict[str, Distance] = {"l2": l2, "squared_l2": squared_l2, "cosine": cosine}
+DistanceName = Annotated[str, Word(lambda: DISTANCES)]
 
 
 def register_distance(name: str, distance: Distance) -> None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jinv import checks
+from jinv.checks import NotNegative
 from jinv.net import Net, Outputs
 from jinv.objective import priors
 
@@ -45,13 +46,13 @@ class Weights:
       bn_weighting: see `priors.batch_norm`.
     """
 
-    label: float = 1.0
-    batch_norm: float = 0.01
-    first_bn_multiplier: float = 10.0
+    label: NotNegative = 1.0
+    batch_norm: NotNegative = 0.01
+    first_bn_multiplier: NotNegative = 10.0
     bn_weighting: priors.LayerWeighting = "published"
 
     def __post_init__(self) -> None:
-        checks.words(self)
+        checks.fields(self)
         if not self.batch_norm:
             checks.unused(self, "batch_norm is 0", "first_bn_multiplier", "bn_weighting")
 

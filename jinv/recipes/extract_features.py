@@ -27,8 +27,8 @@ import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from jinv import data, parallel, training
-from jinv.checks import words
+from jinv import checks, data, parallel, training
+from jinv.checks import Count, Natural
 from jinv.models.network import Network
 from jinv.runs import command, hardware
 from jinv.runs import config as configs
@@ -60,19 +60,15 @@ class Config:
 
     network: Network
     data: data.Source = dataclasses.field(default_factory=data.Source)
-    size: int | None = None
-    images_size: int | None = None
+    size: Count | None = None
+    images_size: Natural | None = None
     interpolation: features.Interpolation = "bicubic"
-    batch: int = 256
+    batch: Count = 256
     dtype: features.DType = "float32"
 
     def __post_init__(self) -> None:
-        if self.batch < 1:
-            raise ValueError(f"batch must be at least 1, not {self.batch}")
-        if self.images_size is not None and self.images_size < 0:
-            raise ValueError(f"images_size must not be negative: {self.images_size}")
+        checks.fields(self)
         self.data.check_size(self.size)
-        words(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

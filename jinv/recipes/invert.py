@@ -19,15 +19,15 @@ import copy
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jinv import data, image, parallel
+from jinv import checks, data, image, parallel
 from jinv.attacks import begin, deepinversion
-from jinv.checks import words
+from jinv.checks import Class, Count, File, Seed, Some
 from jinv.files import write_atomic
 from jinv.models.network import Network
 from jinv.net import Net
@@ -74,28 +74,24 @@ class Config:
       run: how it goes, without influence on the result.
     """
 
-    networks: tuple[Inverted, ...]
+    networks: Annotated[tuple[Inverted, ...], Some()]
     judges: tuple[Network, ...] = ()
     competitor: Network | None = None
-    images: int = 8
-    labels: Literal["hand-picked", "random"] | tuple[int, ...] = "hand-picked"
-    size: int | tuple[int, int] | None = None
+    images: Count = 8
+    labels: Literal["hand-picked", "random"] | Annotated[tuple[Class, ...], Some()] = "hand-picked"
+    size: Count | tuple[Count, Count] | None = None
     space: Literal["first", "imagenet", "pixels"] = "first"
     gray: bool = False
-    class_names: str | None = None
-    seed: int = 0
-    trials: int = 1
+    class_names: Annotated[str, File()] | None = None
+    seed: Seed = 0
+    trials: Count = 1
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     attack: deepinversion.Config = dataclasses.field(default_factory=deepinversion.Config)
     execution: ensemble.Execution = dataclasses.field(default_factory=ensemble.Execution)
     run: attack_run.Options = dataclasses.field(default_factory=attack_run.Options)
 
     def __post_init__(self) -> None:
-        words(self)
-        if not self.networks:
-            raise ValueError("the config names no network to invert")
-        if self.images < 1 or self.trials < 1:
-            raise ValueError(f"images ({self.images}) and trials ({self.trials}) must be positive")
+        checks.fields(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,16 +24,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jinv import data, image, parallel, privacy
+from jinv import checks, data, image, parallel, privacy
 from jinv.attacks import gradient_inversion
 from jinv.attacks.gradient_inversion import PRESETS, Candidates
-from jinv.checks import one_of
+from jinv.checks import Class, Count, File, Range, Seed, Word
 from jinv.federated import client as clients
 from jinv.federated import defences, evidence, labels, registration
 from jinv.federated.client import Client
@@ -48,6 +48,9 @@ from jinv.runs.run_folder import FolderError, RunFolder
 from jinv.runs.signals import Interrupted
 from jinv.scores.reconstruction import SCORES, Scored, Scorer, perceptual
 
+LabelMethod = Annotated[
+    str, Word(lambda: labels.METHODS, ("joint", "known").__contains__, "joint, known")
+]
 ABLATION = "bn_only"
 """Folder of the run without the gradient."""
 
@@ -83,19 +86,19 @@ class Config:
 
     network: Network
     client: Client | None = None
-    evidence: str | None = None
-    originals: tuple[str, ...] = ()
-    original_classes: tuple[int, ...] = ()
-    labels: str = "ilrg"
-    size: int | None = None
+    evidence: Annotated[str, File(endings=(".safetensors", ".npz", ".json"))] | None = None
+    originals: tuple[Annotated[str, File()], ...] = ()
+    original_classes: tuple[Class, ...] = ()
+    labels: LabelMethod = "ilrg"
+    size: Count | None = None
     gray: bool = False
-    registration: str = "shift"
+    registration: registration.Name = "shift"
     knows_defence: bool = True
-    lpips_vgg16: str | None = None
-    delta: float = 1e-5
-    class_names: str | None = None
-    seed: int = 0
-    trials: int = 1
+    lpips_vgg16: Annotated[str, File()] | None = None
+    delta: Annotated[float, Range(0, 1, above=True, below=True)] = 1e-5
+    class_names: Annotated[str, File()] | None = None
+    seed: Seed = 0
+    trials: Count = 1
     attack: gradient_inversion.Config = dataclasses.field(default_factory=gradient_inversion.Config)
     execution: gradient_inversion.Execution = dataclasses.field(
         default_factory=gradient_inversion.Execution
@@ -103,8 +106,7 @@ class Config:
     run: attack_run.Options = dataclasses.field(default_factory=attack_run.Options)
 
     def __post_init__(self) -> None:
-        one_of("labels", self.labels, (*labels.METHODS, "joint", "known"))
-        one_of("registration", self.registration, registration.REGISTRATIONS)
+        checks.fields(self)
         if (self.client is None) == (self.evidence is None):
             raise ValueError("the config needs a client to simulate, or evidence of a real one")
         if self.originals and self.client is not None:
@@ -113,8 +115,6 @@ class Config:
             raise ValueError(
                 f"{len(self.original_classes)} classes for {len(self.originals)} originals"
             )
-        if self.trials < 1:
-            raise ValueError(f"trials must be at least 1, not {self.trials}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

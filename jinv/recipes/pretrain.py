@@ -23,7 +23,7 @@ import dataclasses
 import signal
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -32,9 +32,11 @@ from jax import Array
 from jax.sharding import Mesh
 
 import weights_convert
-from jinv import data, models, parallel, training
+from jinv import checks, data, models, parallel, training
+from jinv.checks import Count, File, Seed
 from jinv.files import sha256, write_atomic
 from jinv.image import Preprocessing
+from jinv.models import registry
 from jinv.models.trained import CLASSES, WEIGHTS
 from jinv.net import Net, with_parameters
 from jinv.reports import curves
@@ -67,16 +69,17 @@ class Config:
       training: the mathematics.
     """
 
-    model: str
-    weights: str | None = None
+    model: registry.Name
+    weights: Annotated[str, File(("package",))] | None = None
     data: data.Source = dataclasses.field(default_factory=data.Source)
-    size: int | None = None
-    train_images: int | None = None
-    seed: int = 0
+    size: Count | None = None
+    train_images: Count | None = None
+    seed: Seed = 0
     head: training.Config | None = None
     training: training.Config = dataclasses.field(default_factory=training.Config)
 
     def __post_init__(self) -> None:
+        checks.fields(self)
         if self.head is not None and self.weights is None:
             raise ValueError("head trains the last layer of a network with weights: give some")
         self.data.check_size(self.size)

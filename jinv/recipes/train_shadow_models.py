@@ -38,13 +38,13 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
 
-from jinv import parallel
-from jinv.checks import words
+from jinv import checks, parallel
+from jinv.checks import Count, File, Natural, Seed
 from jinv.runs import command, hardware
 from jinv.runs import config as configs
 from jinv.runs.progress import Progress
@@ -76,25 +76,21 @@ class Config:
       execution: devices and chunk, without influence on the result.
     """
 
-    features: str
+    features: Annotated[str, File()]
     split: Literal["train", "test"] = "train"
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     training: Training = dataclasses.field(default_factory=Training)
     restarts: Restarts | None = None
-    seeds: int = 1
-    seed: int = 0
+    seeds: Count = 1
+    seed: Seed = 0
     dtype: store.Dtype = "float32"
     store: bool = True
-    validate: int | None = 16
+    validate: Natural | None = 16
     statistics: Literal["none", "moments", "covariance"] = "moments"
     execution: Execution = dataclasses.field(default_factory=Execution)
 
     def __post_init__(self) -> None:
-        words(self)
-        if self.seeds < 1:
-            raise ValueError(f"seeds must be at least 1, not {self.seeds}")
-        if self.validate is not None and self.validate < 0:
-            raise ValueError(f"validate must not be negative: {self.validate}")
+        checks.fields(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 from jax import Array
 
 from jinv import checks, optimise, parallel
+from jinv.checks import Count, Natural, NotNegative
 from jinv.files import write_atomic
 from jinv.runs.progress import Progress
 from jinv.runs.run_folder import FolderError, RunFolder
@@ -31,18 +32,14 @@ class Options:
       checkpoint_seconds: time between checkpoints, which are written in the background.
     """
 
-    chunk: int = 10
+    chunk: Count = 10
     loop: optimise.Loop = "auto"
-    pictures_every: int = 100
-    scores_every: int = 100
-    checkpoint_seconds: float = 60.0
+    pictures_every: Natural = 100
+    scores_every: Natural = 100
+    checkpoint_seconds: NotNegative = 60.0
 
     def __post_init__(self) -> None:
-        if self.chunk < 1:
-            raise ValueError(f"chunk must be at least 1, not {self.chunk}")
-        for name in ("pictures_every", "scores_every", "checkpoint_seconds"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative: {getattr(self, name)}")
+        checks.fields(self)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.resources
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin
 
-import dacite
 import yaml
 
+from jinv import checks
 from jinv.checks import CHANGED
 
 T = TypeVar("T")
@@ -68,29 +69,124 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
       ConfigError: there is no such file, or it holds something else.
     """
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        _values(tree, {})
+    except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the config {path}: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold a mapping of keys to values")
     return tree
 
 
-def build(cls: type[T], tree: Mapping[str, Any]) -> T:
+class _Loader(yaml.SafeLoader):
+    """The safe loader, which refuses a key that is given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = {key for key in keys if keys.count(key) > 1 and key != "<<"}
+        if twice:
+            raise ValueError(f"line {node.start_mark.line + 1}: {', '.join(twice)} is given twice")
+        return super().construct_mapping(node, deep)
+
+
+_MOST_VALUES = 100_000
+
+
+def _values(tree: Any, counted: dict[int, int]) -> int:
+    """Count the values of a tree: a few lines of YAML can stand for billions, or for themselves."""
+    if not isinstance(tree, list | dict):
+        return 1
+    if id(tree) not in counted:
+        counted[id(tree)] = _MOST_VALUES
+        inner = tree.values() if isinstance(tree, dict) else tree
+        counted[id(tree)] = sum(_values(value, counted) for value in inner)
+    if counted[id(tree)] >= _MOST_VALUES:
+        raise ValueError("it refers to itself, or stands for too many values")
+    return counted[id(tree)]
+
+
+def build(cls: type[T], tree: Any, path: str = "") -> T:
     """Return a (nested) dataclass made of plain values, checked against the annotations.
+
+    Lists become tuples, and numbers that YAML reads as text (1e-4) numbers, where these are wanted.
+
+    Args:
+      cls: the dataclass.
+      tree: of its fields' values.
+      path: where the tree lies in a larger one, for messages: "attack.phases.0".
 
     Raises:
       ConfigError: an unknown key, a wrong type, or a value that the dataclass refuses.
     """
-    settings = dacite.Config(strict=True, cast=[tuple], type_hooks={float: _number})
+    made: Any = cls
+    hints = checks.hints(made)
+    required = [f.name for f in dataclasses.fields(made) if not _has_default(f)]
+    if not isinstance(tree, Mapping):
+        told = f"{path or 'the config'} must be {checks.wanted(made)}, not {checks.shown(tree)}"
+        if isinstance(tree, str) and len(required) == 1:
+            told += f": write {{{required[0]}: {tree}}}"
+        raise ConfigError(told)
+    if unknown := [key for key in tree if key not in hints]:
+        raise ConfigError("; ".join(_unknown(key, path, cls) for key in unknown))
+    for name in required:
+        if name not in tree:
+            raise ConfigError(
+                f"{_joined(path, name)} is missing: it must be {checks.wanted(hints[name])}"
+            )
+    values = {key: _value(hints[key], value, _joined(path, key)) for key, value in tree.items()}
     try:
-        return dacite.from_dict(cls, tree, settings)
-    except dacite.UnexpectedDataError as error:
-        raise ConfigError(_unknown(sorted(map(str, error.keys)), cls)) from None
-    except dacite.DaciteError as error:
-        raise ConfigError(str(error)) from None
-    except RecursionError:
-        raise ConfigError("the config refers to itself") from None
+        return cls(**values)
+    except ConfigError:
+        raise
+    except checks.FieldError as error:
+        raise ConfigError(_joined(path, error.field) + error.told) from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}" if path else str(error)) from None
+
+
+def _value(hint: Any, value: Any, path: str) -> Any:
+    """Return a plain value as what its annotation wants."""
+    options = [checks.bare(option)[0] for option in checks.options(hint)]
+    inner: Any = next((option for option in options if _holds(option, value)), None)
+    if isinstance(value, list) and inner is not None:
+        kinds = get_args(inner)
+        if kinds[1:] == (...,):
+            kinds = kinds[:1] * len(value)
+        if len(kinds) == len(value):
+            value = tuple(
+                _value(kind, entry, f"{path}.{i}")
+                for i, (kind, entry) in enumerate(zip(kinds, value, strict=True))
+            )
+    elif isinstance(value, Mapping) and dataclasses.is_dataclass(inner):
+        return build(inner, value, path)  # type: ignore[arg-type]
+    elif isinstance(value, Mapping) and inner is not None:
+        kind = get_args(inner)[1]
+        value = {str(k): _value(kind, v, f"{path}.{k}") for k, v in value.items()}
+    elif float in options:
+        value = _number(value)
+    single = [option for option in options if dataclasses.is_dataclass(option)]
+    if isinstance(value, str) and single:
+        return build(single[0], value, path)  # type: ignore[arg-type]
+    if not checks.fits(hint, value):
+        raise ConfigError(f"{path} must be {checks.wanted(hint)}, not {checks.shown(value)}")
+    return value
+
+
+def _holds(option: Any, value: Any) -> bool:
+    """Whether values of a type are written as this one is: as a list, or as a mapping."""
+    if isinstance(value, list):
+        return get_origin(option) is tuple
+    mapping = get_origin(option) in (dict, Mapping) or dataclasses.is_dataclass(option)
+    return isinstance(value, Mapping) and mapping
+
+
+def _has_default(field: dataclasses.Field) -> bool:
+    missing = dataclasses.MISSING
+    return field.default is not missing or field.default_factory is not missing
+
+
+def _joined(path: str, key: Any) -> str:
+    return f"{path}.{key}" if path else str(key)
 
 
 def check_flags(flags: Iterable[str]) -> None:
@@ -115,25 +211,15 @@ def modern(tree: Any) -> Any:
     return [modern(value) for value in tree] if isinstance(tree, list) else tree
 
 
-def _unknown(keys: Sequence[str], cls: type) -> str:
-    told = []
-    for key in keys:
-        near = difflib.get_close_matches(key, set(_fields(cls)), 1)
-        advice = f": did you mean {near[0]!r}?" if near else ""
-        told.append(
-            f"`{key}` {CHANGED[key]}" if key in CHANGED else f"there is no key {key!r}{advice}"
-        )
-    return "; ".join(told)
-
-
-def _fields(cls: type) -> Iterator[str]:
-    """Yield the names of all fields of a dataclass and of those inside it."""
-    hints = get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        yield field.name
-        for inner in (hints[field.name], *get_args(hints[field.name])):
-            if isinstance(inner, type) and dataclasses.is_dataclass(inner):
-                yield from _fields(inner)
+def _unknown(key: Any, path: str, cls: type) -> str:
+    """Say of a key that the dataclass does not have what was probably meant."""
+    told = _joined(path, key)
+    if key in CHANGED:
+        return f"`{told}` {CHANGED[key]}"
+    near = difflib.get_close_matches(str(key), checks.hints(cls), 1)
+    place = f"{path} has" if path else "there is"
+    advice = f"did you mean {near[0]!r}?" if near else f"keys are {', '.join(checks.hints(cls))}"
+    return f"{place} no key {str(key)!r}: {advice}"
 
 
 def with_preset(tree: Mapping[str, Any], presets: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,20 +237,20 @@ def with_preset(tree: Mapping[str, Any], presets: Mapping[str, Any]) -> dict[str
         return dict(tree)
     attack = dict(attack)
     preset = attack.pop("preset")
-    if preset not in presets:
-        raise ConfigError(f"no preset is called {preset!r}; there are: {', '.join(presets)}")
+    if not isinstance(preset, str) or preset not in presets:
+        raise ConfigError(
+            f"attack.preset must be one of {', '.join(presets)}, not {checks.shown(preset)}"
+        )
     return {**tree, "attack": {**plain(presets[preset]), **attack}}
 
 
 def _number(value: Any) -> Any:
-    """YAML reads 1e-4 as text and 1 as an integer: both are meant as floats."""
-    if isinstance(value, bool):
-        raise ConfigError(f"a number is wanted, not {value}")
-    if not isinstance(value, int | float | str):
+    """Return 1e-4, which YAML reads as text, and 1, an integer, as floats; others as they are."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
         return value
     try:
         return float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return value
 
 
@@ -176,7 +262,7 @@ def plain(config: Any) -> Any:
         return {key: plain(value) for key, value in config.items()}
     if isinstance(config, Sequence) and not isinstance(config, str):
         return [plain(value) for value in config]
-    return config
+    return str(config) if isinstance(config, os.PathLike) else config
 
 
 def to_yaml(config: Any) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import optax
 from jax import Array
 
 from jinv import checks
+from jinv.checks import Count, NotNegative, Positive, PositiveShare, Range, ShareBelowOne
 from jinv.shadow import heads
 from jinv.shadow.heads import Head, Parameters
 
@@ -29,22 +30,15 @@ class Privacy:
       target_epsilon: instead of noise_multiplier; `jinv.shadow.privacy.resolved` finds the noise.
     """
 
-    noise_multiplier: float | None
-    l2_norm_clip: float
-    sampling: float | None = None
-    target_epsilon: float | None = None
+    noise_multiplier: Annotated[float, Range(0, finite=False)] | None
+    l2_norm_clip: Positive
+    sampling: PositiveShare | None = None
+    target_epsilon: Annotated[float, Range(0, above=True, finite=False)] | None = None
 
     def __post_init__(self) -> None:
+        checks.fields(self)
         if (self.noise_multiplier is None) == (self.target_epsilon is None):
             raise ValueError("set noise_multiplier or target_epsilon: exactly one of the two")
-        if self.noise_multiplier is not None and not self.noise_multiplier >= 0:
-            raise ValueError(f"noise_multiplier must be at least 0, not {self.noise_multiplier}")
-        if self.target_epsilon is not None and not self.target_epsilon > 0:
-            raise ValueError(f"target_epsilon must be positive, not {self.target_epsilon}")
-        if not self.l2_norm_clip > 0:
-            raise ValueError(f"l2_norm_clip must be positive, not {self.l2_norm_clip}")
-        if self.sampling is not None and not 0 < self.sampling <= 1:
-            raise ValueError(f"sampling is a probability above 0, not {self.sampling}")
 
     @property
     def sigma(self) -> float:
@@ -96,30 +90,21 @@ class Config:
     """
 
     head: heads.Kind = "linear"
-    classes: int = 10
-    hidden: int = 8
-    pos_weight: float = 1.0
-    epochs: int = 32
-    batch: int | None = None
+    classes: Count = 10
+    hidden: Count = 8
+    pos_weight: Positive = 1.0
+    epochs: Count = 32
+    batch: Count | None = None
     optimizer: Optimizer = "sgd"
-    lr: float = 0.01
-    momentum: float = 0.0
-    weight_decay: float = 1e-5
-    init_std: float = 0.002
+    lr: Positive = 0.01
+    momentum: ShareBelowOne = 0.0
+    weight_decay: NotNegative = 1e-5
+    init_std: NotNegative = 0.002
     privacy: Privacy | None = None
     path: Path = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("classes", "hidden", "epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.batch is not None and self.batch < 1:
-            raise ValueError(f"batch must be at least 1, not {self.batch}")
-        if self.lr <= 0 or self.pos_weight <= 0:
-            raise ValueError("lr and pos_weight must be positive")
-        if not 0 <= self.momentum < 1 or min(self.weight_decay, self.init_std) < 0:
-            raise ValueError("momentum must be in [0, 1), weight_decay and init_std at least 0")
-        checks.words(self)
+        checks.fields(self)
         if self.optimizer == "adam":
             checks.unused(self, "optimizer is 'adam', which has its own", "momentum")
         others = ("hidden", "pos_weight") if self.head == "linear" else ("classes",)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,8 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jinv import parallel
+from jinv import checks, parallel
+from jinv.checks import Count, Positive, Range
 from jinv.prng import written_out
 from jinv.shadow.config import Config, Shadow, Train, make_head
 from jinv.shadow.heads import Parameters
@@ -70,12 +71,11 @@ class Execution:
       devices: how many of this process's; all by default.
     """
 
-    chunk: int | None = None
-    devices: int | None = None
+    chunk: Count | None = None
+    devices: Count | None = None
 
     def __post_init__(self) -> None:
-        if min(self.chunk or 1, self.devices or 1) < 1:
-            raise ValueError("chunk and devices must be at least 1")
+        checks.fields(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,12 +87,11 @@ class Restarts:
       most: trainings of a shadow at most; the last one is kept.
     """
 
-    loss: float = 0.05
-    most: int = 100
+    loss: Positive = 0.05
+    most: Annotated[int, Range(1, 2**16 - 1)] = 100
 
     def __post_init__(self) -> None:
-        if self.loss <= 0 or not 1 <= self.most < 2**16:
-            raise ValueError("the loss must be positive, and most between 1 and 65535")
+        checks.fields(self)
 
 
 class Made(NamedTuple):

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 
 from jinv import checks
+from jinv.checks import Class, Count, Some
 
 
 class Sets(NamedTuple):
@@ -162,19 +163,17 @@ class Sampling:
     """
 
     kind: Literal["balanced", "random_labels", "one_against_many"] = "balanced"
-    class_size: int = 1
-    sets: int = 5120
-    positive: tuple[int, ...] | None = None
-    classes: int = 10
-    others: int = 9
+    class_size: Count = 1
+    sets: Count = 5120
+    positive: Annotated[tuple[Class, ...], Some()] | None = None
+    classes: Count = 10
+    others: Count = 9
 
     def __post_init__(self) -> None:
-        checks.words(self)
+        checks.fields(self)
         others = {"balanced": "positive", "random_labels": "classes", "one_against_many": "others"}
         del others[self.kind]
         checks.unused(self, f"kind is {self.kind!r}", *others.values())
-        if min(self.class_size, self.sets, self.classes, self.others) < 1:
-            raise ValueError("class_size, sets, classes and others must be at least 1")
 
     def draw(self, labels: np.ndarray, seed: int) -> Sets:
         """Return the training sets of a seed."""

@@ -872,7 +872,7 @@ def test_presets_build(name: str) -> None:
         ({"optimizer": "GradientTransformation"}, "no optimizer is called"),
         ({"optimizer": "losses"}, "no optimizer is called 'losses'"),
         ({"optimizer": "lbfgs"}, "L-BFGS searches along each step"),
-        ({"schedule": "linear"}, "schedule is one of cosine, constant, plateau, not 'linear'"),
+        ({"schedule": "linear"}, "schedule must be one of cosine, constant, plateau, not 'linear'"),
         ({"coarse": "tiny"}, "coarse.*'tiny'"),
         ({"label_loss": "hinge"}, "label_loss.*'hinge'"),
         ({"lr_floor": 0.5, "schedule": "constant"}, "lr_floor: 0.5 plays no part: schedule is"),

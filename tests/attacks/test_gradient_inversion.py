@@ -465,7 +465,7 @@ def test_options_that_play_no_part_are_refused(settings: dict[str, Any], reason:
 
 
 def test_execution_takes_only_its_words() -> None:
-    with pytest.raises(ValueError, match="gradients is one of auto, formed, not 'never'"):
+    with pytest.raises(ValueError, match="gradients must be one of auto, formed, not 'never'"):
         Execution(gradients="never")  # type: ignore[arg-type]
 
 

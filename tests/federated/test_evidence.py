@@ -256,7 +256,7 @@ def test_wrong_evidence_names_the_layer(tmp_path: Path, value: Any, message: str
         ('{"images": 0}', "at least one image"),
         ('{"images": 4, "colour": 1}', "colour"),
         ('{"images": 4, "statistics": "exact"}', "do not go together"),
-        ('{"images": 4, "statistics": "all"}', "statistics is one of none, running"),
+        ('{"images": 4, "statistics": "all"}', "statistics must be one of none, running"),
         ('{"images": 4, "local": {"lr": 0.1, "batches": [[0, 1]]}}', "images 0 to 3, all"),
         ('{"images": 4, "local": {"lr": -1, "batches": [[0]]}}', "positive lr"),
     ],
@@ -315,7 +315,7 @@ def test_a_client_is_compiled_once() -> None:
 
 
 def test_a_simulator_of_unknown_statistics_is_refused() -> None:
-    with pytest.raises(ValueError, match="statistics is one of none, running, exact, update"):
+    with pytest.raises(ValueError, match="statistics must be one of none, running, exact, update"):
         evidence.simulator(tiny.network(), statistics="all")  # type: ignore[arg-type]
 
 

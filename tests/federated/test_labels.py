@@ -216,14 +216,14 @@ def test_methods_say_what_they_need() -> None:
     head = Head(np.zeros((3, 4)), np.ones((3, 4)), 2)
     with pytest.raises(ValueError, match="this head has none"):
         labels.restore(head, "ilrg")
-    with pytest.raises(ValueError, match="method is one of minimum, identity, ilrg, llg"):
+    with pytest.raises(ValueError, match="method must be one of minimum, identity, ilrg, llg"):
         labels.restore(head, "guess")
 
 
 def test_a_method_of_ones_own_is_restored_by(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(labels, "METHODS", dict(labels.METHODS))
     head = labels.Head(np.zeros((2, 3)), np.zeros((2, 3)), images=4)
-    with pytest.raises(ValueError, match="method is one of minimum, identity, ilrg, llg, not"):
+    with pytest.raises(ValueError, match="method must be one of minimum, identity, ilrg, llg, not"):
         labels.restore(head, "first")
     labels.register("first", lambda head: np.eye(head.classes, dtype=int)[0] * head.images)
     assert labels.restore(head, "first").tolist() == [4, 0, 0]

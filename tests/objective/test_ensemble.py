@@ -180,12 +180,14 @@ def test_a_batch_that_cannot_be_taken_in_turns_is_an_error() -> None:
 
 @pytest.mark.parametrize("name", ["networks_at_once", "images_at_once"])
 def test_less_than_one_at_once_is_an_error(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, not 0"):
+    with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1 .*, not 0"):
         Execution(**{name: 0})
 
 
 def test_an_unknown_placement_is_an_error() -> None:
-    with pytest.raises(ValueError, match="placement is one of auto, data, networks, not 'nowhere'"):
+    with pytest.raises(
+        ValueError, match="placement must be one of auto, data, networks, not 'nowhere'"
+    ):
         Execution(placement="nowhere")  # type: ignore[arg-type]
 
 
@@ -263,7 +265,7 @@ def test_dear_networks_are_spread() -> None:
         (2, 8, {"placement": "networks", "devices": 1}, "there are 2 and 1"),
         (1, 8, {"images_at_once": 2, "devices": 4}, "8 images evenly, 2 at once: .*devices 2$"),
         (1, 10, {"devices": 5}, "5 devices asked for; there are 4 here"),
-        (1, 10, {"devices": 0}, "0 devices asked for"),
+        (1, 10, {"devices": 0}, "devices must be a whole number of at least 1"),
     ],
 )
 def test_devices_that_do_not_fit_are_an_error(

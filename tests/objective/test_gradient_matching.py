@@ -151,7 +151,9 @@ def test_a_distance_of_ones_own_is_matched_by(monkeypatch: pytest.MonkeyPatch) -
     """It gets the layers that count, with their factors."""
     monkeypatch.setattr(gradient_matching, "DISTANCES", dict(gradient_matching.DISTANCES))
     matches = [gradient_matching.between(jnp.full(4, x), jnp.ones(4)) for x in (3.0, 5.0, 2.0)]
-    with pytest.raises(ValueError, match="distance is one of l2, squared_l2, cosine, not 'most'"):
+    with pytest.raises(
+        ValueError, match="distance must be one of l2, squared_l2, cosine, not 'most'"
+    ):
         gradient_matching.distance("most", [1, 1, 1], matches)
 
     def most(factors: Any, matches: Any) -> Array:

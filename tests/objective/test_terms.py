@@ -149,7 +149,7 @@ def test_terms_of_weight_zero_are_left_out() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"bn_weighting": "foo"}, "bn_weighting is one of published, relative, standardised"),
+        ({"bn_weighting": "foo"}, "bn_weighting must be one of published, relative, standardised"),
         ({"batch_norm": 0, "first_bn_multiplier": 1}, "first_bn_multiplier: 1 plays no part"),
         ({"batch_norm": 0, "bn_weighting": "relative"}, "bn_weighting: 'relative' plays no part"),
     ],

@@ -407,7 +407,7 @@ def test_a_store_of_an_older_version_is_gone_on_with(
         ({"training": {"classes": 2}}, (), "labels are 0 to 2, the linear head knows 2 classes"),
         ({"training": {"head": "binary"}}, (), "give sampling.positive"),
         ({"features": "/nowhere"}, (), "/nowhere/train/features.json"),
-        ({"seeds": 0}, (), "seeds must be at least 1"),
+        ({"seeds": 0}, (), "seeds must be a whole number of at least 1"),
         ({}, ("--part", "2/2"), "a part is I/N"),
         ({}, ("--part", "0/2", "--overwrite"), "none may overwrite"),
         ({"execution": {"devices": 9}}, (), "9 devices asked for"),

@@ -52,7 +52,7 @@ def test_numbers_as_people_write_them(tmp_path: Path) -> None:
         ({"count": 1, "inner": {"rate": "fast"}}, "rate"),
         ({"count": 1, "inner": {"kind": "c"}}, "kind"),
         ({"count": 1, "many": [{"rate": 1, "oops": 2}]}, "oops"),
-        ({"count": 1, "limit": True}, "number is wanted, not True"),
+        ({"count": 1, "limit": True}, r"limit must be a number or nothing \(null\), not true"),
     ],
 )
 def test_mistakes_are_named(tree: dict, blamed: str) -> None:
@@ -120,7 +120,7 @@ def test_keys_of_yesterday_say_what_has_become_of_them(key: str) -> None:
     assert told in str(caught.value)
     with pytest.raises(config.ConfigError) as caught:
         config.build(Once, {"inner": {key: 1}})
-    assert told in str(caught.value)
+    assert str(caught.value) == f"`inner.{key}` {config.CHANGED[key]}"
     flag = f"--attack.{key.replace('_', '-')}"
     for flags in ([flag, "3"], ["--seed", "1", f"{flag}=3"]):
         with pytest.raises(config.ConfigError) as caught:
@@ -132,7 +132,9 @@ def test_keys_of_yesterday_say_what_has_become_of_them(key: str) -> None:
 def test_a_misspelt_key_is_told_the_nearest() -> None:
     with pytest.raises(config.ConfigError, match=r"no key 'optimzer': did you mean 'optimizer'\?"):
         config.build(Once, {"optimzer": "adam"})
-    with pytest.raises(config.ConfigError, match=r"no key 'knid': did you mean 'kind'\?"):
+    with pytest.raises(
+        config.ConfigError, match=r"^inner has no key 'knid': did you mean 'kind'\?"
+    ):
         config.build(Once, {"inner": {"knid": "a"}})
 
 

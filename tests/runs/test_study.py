@@ -100,7 +100,7 @@ def test_trials_have_seeds_of_their_own() -> None:
     ("variants", "message"),
     [
         ({"x": {"imagse": 4}}, "variant 'x': .*imagse"),
-        ({"x": {"networks": []}}, "variant 'x': the config names no network"),
+        ({"x": {"networks": []}}, "variant 'x': networks must be a list of one or more mappings"),
         ({"a b": {}, "a-b": {}}, "different names"),
         ({"..": {}, "x": {}}, "cannot name a folder"),
         ({"checkpoints": {}}, "cannot name a folder"),

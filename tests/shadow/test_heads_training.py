@@ -305,11 +305,11 @@ def test_training_is_a_pure_function_of_its_key() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"epochs": 0}, "epochs must be at least 1"),
-        ({"batch": 0}, "batch must be at least 1"),
-        ({"lr": 0.0}, "lr and pos_weight must be positive"),
-        ({"momentum": 1.0}, "momentum must be in"),
-        ({"head": "conv"}, "head is one of linear, binary"),
+        ({"epochs": 0}, "epochs must be a whole number of at least 1"),
+        ({"batch": 0}, "batch must be a whole number of at least 1"),
+        ({"lr": 0.0}, "lr must be a number above 0"),
+        ({"momentum": 1.0}, "momentum must be a number of at least 0 and below 1"),
+        ({"head": "conv"}, "head must be one of linear, binary"),
         (
             {"optimizer": "adam", "momentum": 0.9},
             "momentum: 0.9 plays no part: optimizer",
@@ -327,10 +327,10 @@ def test_configs_that_make_no_sense_are_refused(settings: dict[str, Any], words:
 
 def test_private_settings_are_checked() -> None:
     for settings, words in (
-        ((-1.0, 1.0), "noise_multiplier must be at least 0"),
-        ((1.0, 0.0), "l2_norm_clip must be positive"),
-        ((1.0, 1.0, 0.0), "is a probability"),
-        ((None, 1.0, None, 0.0), "target_epsilon must be positive"),
+        ((-1.0, 1.0), "noise_multiplier must be a number of at least 0"),
+        ((1.0, 0.0), "l2_norm_clip must be a number above 0"),
+        ((1.0, 1.0, 0.0), "sampling must be a number above 0 and at most 1"),
+        ((None, 1.0, None, 0.0), "target_epsilon must be a number above 0"),
         ((None, 1.0), "exactly one of the two"),
         ((1.0, 1.0, None, 5.0), "exactly one of the two"),
     ):

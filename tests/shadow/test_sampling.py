@@ -90,5 +90,5 @@ def test_options_of_another_kind_are_refused_by_name(kind: Any, options: dict[st
 
 
 def test_unknown_kinds_are_refused() -> None:
-    with pytest.raises(ValueError, match="kind is one of balanced, random_labels"):
+    with pytest.raises(ValueError, match="kind must be one of balanced, random_labels"):
         sampling.Sampling("balancd")  # type: ignore[arg-type]

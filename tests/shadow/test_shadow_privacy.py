@@ -115,7 +115,7 @@ def test_a_target_is_resolved_before_training() -> None:
 
 
 def test_what_cannot_be_accounted_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="target_epsilon must be positive"):
+    with pytest.raises(ValueError, match="target_epsilon must be a number above 0"):
         privacy.calibrate(0.0, 10, 32)
     with pytest.raises(ValueError, match="at least 2 examples"):
         privacy.epsilon(Privacy(1.0, 1.0), 1, 32)
