@@ -612,6 +612,7 @@ def _load_with_flags(config: Config, flags: argparse.Namespace) -> Production | 
         if not flags.plan:
             parallel.say(json.dumps(production.pass_by(None), indent=2))
         return None
+    flags.shared = part.count > 1
     flags.resume = flags.resume or part.count > 1 or flags.regenerate is not None
     return production
 

@@ -137,7 +137,7 @@ class Command(Generic[C]):
         Args:
           path: of the folder.
           config: the run's, or its plain tree.
-          **how: `resume` or `overwrite`.
+          **how: `resume`, `overwrite` or `shared`, see `RunFolder`.
         """
         return RunFolder(
             path,

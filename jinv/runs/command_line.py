@@ -13,7 +13,7 @@ import tyro
 
 from jinv import optimise, parallel
 from jinv.runs import config as configs
-from jinv.runs import study
+from jinv.runs import lock, study
 from jinv.runs.command import Command, Loaded
 from jinv.runs.run_folder import FolderError
 from jinv.runs.signals import Interrupted
@@ -35,7 +35,10 @@ def main(command: Command, arguments: Sequence[str] | None = None) -> int:
         parallel.start(flags.coordinator, flags.processes, flags.process_id)
         _run(command, config, variants, flags)
 
-    return exit_code(everything, command.less)
+    try:
+        return exit_code(everything, command.less)
+    finally:
+        lock.release_all()
 
 
 def exit_code(function: Callable[[], None], less: str) -> int:
@@ -90,6 +93,7 @@ def _flags(
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
     parser.add_argument("--processes", type=int, metavar="N", help="how many run this command")
     parser.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0")
+    parser.set_defaults(shared=False)
     command.flags(parser)
     flags, rest = parser.parse_known_args(arguments)
     wants_help = {"-h", "--help"} & set(rest)
@@ -134,7 +138,7 @@ def _run(
         loaded = [one]
     else:
         loaded = study.load(command, chosen)
-    how = {"resume": flags.resume, "overwrite": flags.overwrite}
+    how = {"resume": flags.resume, "overwrite": flags.overwrite, "shared": flags.shared}
     tree = configs.plain(config) | ({"variants": dict(variants)} if variants else {})
     folder = command.folder(flags.out, tree, **how)
     single: Loaded | None = None if chosen[0].folder else loaded[0]

@@ -27,6 +27,7 @@ import orbax.checkpoint as ocp
 from jinv import optimise, parallel
 from jinv.files import write_atomic
 from jinv.runs import config as configs
+from jinv.runs import lock
 from jinv.runs.log import Log
 from jinv.runs.signals import Interrupted
 
@@ -59,10 +60,11 @@ class RunFolder:
       settle: tree of an earlier run, perhaps of an older version -> the same as it is written now.
       resume: go on from the folder's last checkpoint, if there is one.
       overwrite: replace what an earlier run of this command left.
+      shared: other processes write into it at the same time, by agreement.
 
     Raises:
-      FolderError: the folder holds another run, and neither flag says what to do with it; or it
-        holds something that this command did not write.
+      FolderError: the folder holds another run, and neither flag says what to do with it; it holds
+        something that this command did not write; or another process is writing into it.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class RunFolder:
         settle: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda tree: tree,
         resume: bool = False,
         overwrite: bool = False,
+        shared: bool = False,
     ) -> None:
         self.path = Path(path)
         self.metrics = Log(self.path / "metrics.csv")
@@ -88,6 +91,7 @@ class RunFolder:
         self._free = tuple(free)
         self._settle = settle
         self._resume = resume
+        self._shared = shared
         self._saved: int | None = None
         self._began = self._last_save = time.perf_counter()
         if resume and overwrite:
@@ -125,6 +129,7 @@ class RunFolder:
         write_atomic(self._summary, json.dumps(summary, indent=2) + "\n")
         shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
         self.finished = True
+        lock.release(self.path)
 
     def reopen(self, config: Mapping[str, Any]) -> None:
         """Make the run an unfinished one of which more is asked: this config."""
@@ -141,6 +146,26 @@ class RunFolder:
     def _claim(self, overwrite: bool) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise FolderError(f"{self.path} is a file, not a folder")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            locked = lock.hold(self.path, f"jinv {self._command}", shared=self._shared)
+        except BlockingIOError as error:
+            raise FolderError(
+                f"{self.path} cannot be used now: {error}; wait for it, or choose another folder"
+            ) from None
+        except OSError as error:
+            raise FolderError(f"cannot make the folder {self.path}: {error}") from None
+        try:
+            self._check_and_clear(overwrite)
+        except BaseException:
+            if locked:
+                lock.release(self.path)
+            raise
+        if not self._summary.exists():
+            self._write_config()
+
+    def _check_and_clear(self, overwrite: bool) -> None:
+        """Raise FolderError if what is there stands in the way; remove it if that was asked for."""
         # In this order: another process may be making the run, which begins with its config.
         found = self._undeclared()
         if not (self.path / CONFIG).exists():
@@ -161,12 +186,6 @@ class RunFolder:
                 )
             else:
                 self._check_same(before)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise FolderError(f"cannot make the folder {self.path}: {error}") from None
-        if not self._summary.exists():
-            self._write_config()
 
     def _write_config(self) -> None:
         text = configs.to_yaml(self._config)

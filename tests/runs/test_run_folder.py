@@ -65,7 +65,11 @@ def test_overwriting_removes_what_is_declared(tmp_path: Path) -> None:
     with pytest.raises(FolderError, match="holds a finished run"):
         folder(own.path)
     again = folder(own.path, overwrite=True)
-    assert sorted(p.name for p in again.path.iterdir()) == ["config.yaml", "notes.txt"]
+    assert sorted(p.name for p in again.path.iterdir()) == [
+        ".lock",
+        "config.yaml",
+        "notes.txt",
+    ]
     assert not again.finished
 
 
