@@ -155,16 +155,19 @@ def fields(config: object) -> None:
     Raises:
       FieldError: it names the field, what it has to be, and its value.
     """
-    cls: Any = type(config)
-    for name, hint in hints(cls).items():
+    for name, hint in hints(type(config)).items():
         value = getattr(config, name)
         if not fits(hint, value):
             raise FieldError(name, f" must be {wanted(hint)}, not {shown(value)}")
 
 
-@functools.cache
 def hints(cls: Any) -> dict[str, Any]:
     """Return the annotations of a dataclass's fields by name."""
+    return _hints(cls)
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
     found = get_type_hints(cls, include_extras=True)
     return {field.name: found[field.name] for field in dataclasses.fields(cls)}
 

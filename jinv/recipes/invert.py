@@ -408,6 +408,7 @@ COMMAND = command.Command(
     say=_say,
     presets=PRESETS,
     compare=compare,
+    free=(*command.FREE, "judges", "class_names"),
     study=StudySummary,
     less="--execution.images-at-once, --execution.networks-at-once 1, fewer images",
 )

@@ -548,6 +548,11 @@ COMMAND = command.Command(
     say=_say,
     presets=PRESETS,
     compare=compare,
+    free=(
+        *command.FREE,
+        *("originals", "original_classes", "client.distractors"),
+        *("lpips_vgg16", "delta", "class_names"),
+    ),
     study=StudySummary,
     less="--execution.seeds-at-once 1, --execution.images-at-once 1",
 )

@@ -641,7 +641,7 @@ COMMAND = command.Command(
     # The metadata last: a removal that is cut leaves a store that can be removed.
     files=(store.STATISTICS, *(f"{name}/" for name in store.ARRAYS), store.METADATA),
     say=_say,
-    free=("execution.", "seeds", "validate", "statistics", "store"),
+    free=(*command.FREE, "seeds", "validate", "statistics", "store"),
     less="--execution.chunk with fewer models",
     flags=_add_flags,
     load_with_flags=_load_with_flags,

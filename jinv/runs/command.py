@@ -14,10 +14,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, Generic, Self, TypeVar
 
 from jinv.runs import config as configs
-from jinv.runs import hardware
+from jinv.runs import hardware, inputs
 from jinv.runs.run_folder import RunFolder
 
 C = TypeVar("C")
+
+FREE = ("run.", "execution.")
+"""Beginnings of the keys that have no influence on a run's result."""
 
 
 class Loaded:
@@ -105,7 +108,8 @@ class Command(Generic[C]):
       compare: writes the page of a study and finishes its folder; None if the command has none. A
         command with one has `seed` and `trials` in its config, and what it loads has `with_seed`.
       study: dataclass of a study's summary.
-      free: beginnings of the keys that a resumed run may change.
+      free: beginnings of the keys that a resumed run may change: they have no influence on what is
+        computed, but perhaps on what is said of it.
       less: flags to try where memory does not suffice.
       flags: adds flags of its own to the parser.
       load_with_flags: (config, flags) -> `Loaded`, or None if the flags left nothing to run; for
@@ -122,7 +126,7 @@ class Command(Generic[C]):
     presets: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     compare: Callable[..., None] | None = None
     study: type | None = None
-    free: tuple[str, ...] = ("run.", "execution.")
+    free: tuple[str, ...] = FREE
     less: str = "a smaller batch"
     flags: Callable[[argparse.ArgumentParser], None] = lambda parser: None
     load_with_flags: Callable[[C, argparse.Namespace], Loaded | None] | None = None
@@ -131,18 +135,22 @@ class Command(Generic[C]):
         """Return a config file's tree as this command's config, its preset applied."""
         return configs.build(self.config, configs.with_preset(tree, self.presets))
 
-    def folder(self, path: Any, config: Any, **how: bool) -> RunFolder:
-        """Return the output folder of a run.
+    def folder(
+        self, path: Any, config: C, variants: Mapping[str, Any] = {}, **how: Any
+    ) -> RunFolder:
+        """Return the output folder of a run, or of a study.
 
         Args:
           path: of the folder.
-          config: the run's, or its plain tree.
+          config: the run's, or what a study's have in common.
+          variants: of a study.
           **how: `resume`, `overwrite` or `shared`, see `RunFolder`.
         """
         return RunFolder(
             path,
-            configs.plain(config),
+            configs.plain(config) | ({"variants": dict(variants)} if variants else {}),
             command=self.name,
+            inputs=inputs.digests(config),
             files=self.files,
             free=self.free,
             settle=self._settled,

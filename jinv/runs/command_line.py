@@ -14,7 +14,7 @@ import tyro
 from jinv import optimise, parallel
 from jinv.runs import config as configs
 from jinv.runs import lock, study
-from jinv.runs.command import Command, Loaded
+from jinv.runs.command import FREE, Command, Loaded
 from jinv.runs.run_folder import FolderError
 from jinv.runs.signals import Interrupted
 
@@ -139,14 +139,16 @@ def _run(
     else:
         loaded = study.load(command, chosen)
     how = {"resume": flags.resume, "overwrite": flags.overwrite, "shared": flags.shared}
-    tree = configs.plain(config) | ({"variants": dict(variants)} if variants else {})
-    folder = command.folder(flags.out, tree, **how)
+    folder = command.folder(flags.out, config, variants, **how)
     single: Loaded | None = None if chosen[0].folder else loaded[0]
     more = single is not None and parallel.everywhere(
         lambda: folder.finished and single.wants_more(folder)
     )
     if folder.finished and not more:
+        other = [line for line in folder.changed if not line.startswith(FREE)]
         parallel.say(f"{flags.out} holds this run, finished: nothing to do")
+        if other:
+            parallel.say(f"it was run with other values, which --overwrite takes: {other}")
         return
     if single is None:
         study.execute(command, chosen, loaded, folder, **how)

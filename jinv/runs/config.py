@@ -118,11 +118,10 @@ def build(cls: type[T], tree: Any, path: str = "") -> T:
     Raises:
       ConfigError: an unknown key, a wrong type, or a value that the dataclass refuses.
     """
-    made: Any = cls
-    hints = checks.hints(made)
-    required = [f.name for f in dataclasses.fields(made) if not _has_default(f)]
+    hints = checks.hints(cls)
+    required = [f.name for f in dataclasses.fields(cls) if not _has_default(f)]  # type: ignore[arg-type]
     if not isinstance(tree, Mapping):
-        told = f"{path or 'the config'} must be {checks.wanted(made)}, not {checks.shown(tree)}"
+        told = f"{path or 'the config'} must be {checks.wanted(cls)}, not {checks.shown(tree)}"
         if isinstance(tree, str) and len(required) == 1:
             told += f": write {{{required[0]}: {tree}}}"
         raise ConfigError(told)
@@ -270,11 +269,19 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
 
 
-def differences(left: Mapping[str, Any], right: Mapping[str, Any], prefix: str = "") -> list[str]:
+def _alike(left: list, right: list) -> bool:
+    """Whether two lists are best compared entry by entry, which lists of numbers are not."""
+    numbers = any(isinstance(value, int | float) for value in left + right)
+    return len(left) == len(right) and not numbers
+
+
+def differences(left: Mapping[Any, Any], right: Mapping[Any, Any], prefix: str = "") -> list[str]:
     """Return the dotted keys whose values differ between two plain trees, with both values."""
     found: list[str] = []
     for key in sorted({*left, *right}):
         a, b = left.get(key), right.get(key)
+        if isinstance(a, list) and isinstance(b, list) and _alike(a, b):
+            a, b = (dict(enumerate(entries)) for entries in (a, b))
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             found += differences(a, b, f"{prefix}{key}.")
         elif a != b:

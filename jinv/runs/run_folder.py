@@ -1,7 +1,7 @@
 """The folder of one run: claimed, filled, killed, resumed, finished, overwritten.
 
 folder/
-  config.yaml     what was run; its first line names the command
+  config.yaml     what was run; comments name the command and the digests of what it reads
   metrics.csv     every term at every step
   scores.csv      what was measured on the way
   checkpoints/    while the run is unfinished
@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import orbax.checkpoint as ocp
@@ -36,6 +37,9 @@ _PICTURES = ("images/", "progress/")
 """Folders in which people may keep pictures of their own: ours have names that theirs have not."""
 
 
+_DIGEST = "# sha256 of "
+
+
 class FolderError(RuntimeError):
     """The folder cannot be used as asked; the message says what to do."""
 
@@ -47,6 +51,8 @@ class RunFolder:
       path: the folder.
       metrics, scores: the logs.
       finished: whether the folder holds this run with its summary.
+      changed: keys, with both values, in which the run that is there had another config; only those
+        that a resumed run may change.
       interrupted: number of the signal that asked the run to stop, 0 if none did.
       clock: where the time went, over all sessions of the run.
 
@@ -54,6 +60,7 @@ class RunFolder:
       path: made if absent.
       config: the run's config as a plain tree.
       command: name of the command that fills it.
+      inputs: key of the config -> digest of the files that it names, see `inputs.digests`.
       files: what the command writes besides config and summary; names of folders end with "/".
         Overwriting removes these, and nothing else.
       free: keys of the config that a resumed run may change; "run." stands for all below `run`.
@@ -73,6 +80,7 @@ class RunFolder:
         config: Mapping[str, Any],
         *,
         command: str = "",
+        inputs: Mapping[str, str] = MappingProxyType({}),
         files: Sequence[str] = (),
         free: Sequence[str] = (),
         settle: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda tree: tree,
@@ -85,8 +93,10 @@ class RunFolder:
         self.scores = Log(self.path / "scores.csv")
         self.clock = optimise.Clock()
         self.interrupted = 0
+        self.changed: list[str] = []
         self._config = config
         self._command = command
+        self._inputs = inputs
         self._files = files
         self._free = tuple(free)
         self._settle = settle
@@ -115,6 +125,7 @@ class RunFolder:
             self._config,
             command=self._command,
             files=self._files,
+            inputs=self._inputs,
             free=self._free,
             settle=self._settle,
             resume=True,
@@ -189,7 +200,8 @@ class RunFolder:
 
     def _write_config(self) -> None:
         text = configs.to_yaml(self._config)
-        write_atomic(self.path / CONFIG, f"{_first_line(self._command)}\n{text}")
+        told = [f"{_DIGEST}{key}: {digest}\n" for key, digest in self._inputs.items()]
+        write_atomic(self.path / CONFIG, f"{_first_line(self._command)}\n{''.join(told)}{text}")
 
     def _undeclared(self) -> list[str]:
         """Return what would be mistaken for a run's, or replaced, where there is no config."""
@@ -213,6 +225,12 @@ class RunFolder:
                 f"{self.path} holds something else than a run ({error}): choose another folder"
             ) from None
 
+    def _read_inputs(self) -> dict[str, str]:
+        """Return the digests of what the run that is there has read, as far as it tells them."""
+        lines = (self.path / CONFIG).read_text(encoding="utf-8").splitlines()
+        told = [line.removeprefix(_DIGEST) for line in lines if line.startswith(_DIGEST)]
+        return {key: digest for key, _, digest in (line.rpartition(": ") for line in told)}
+
     def _clear(self) -> None:
         """Remove what a run writes, and nothing else."""
         # The summary first and the config last: a clearing that is cut leaves an unfinished run.
@@ -226,9 +244,16 @@ class RunFolder:
     def _check_same(self, before: Mapping[str, Any]) -> None:
         now = json.loads(json.dumps(dict(self._config)))
         told = json.loads(json.dumps(dict(self._settle(before))))
-        changed = [
-            line for line in configs.differences(told, now) if not line.startswith(self._free)
+        read = self._read_inputs()
+        same = {key for key, digest in self._inputs.items() if read.get(key) == digest}
+        lines = configs.differences(told, now)
+        changed = [line for line in lines if line.partition(" (")[0] not in same]
+        changed += [
+            f"{key} (its files hold something else than then)"
+            for key in sorted(self._inputs.keys() & read.keys() - same)
         ]
+        self.changed = [line for line in changed if line.startswith(self._free)]
+        changed = [line for line in changed if line not in self.changed]
         if changed:
             raise FolderError(
                 f"{self.path} was begun with another config; resuming would mix the two. "

@@ -119,7 +119,7 @@ def execute(
     chosen: Sequence[Run],
     loaded: list[Loaded],
     whole: RunFolder,
-    **how: bool,
+    **how: Any,
 ) -> None:
     """Run what is not finished, then write the study's page and summary.
 
