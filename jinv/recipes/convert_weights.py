@@ -6,10 +6,11 @@
 
 The input may be a torch.save file of any version, also a training checkpoint or one saved from
 DataParallel, or .safetensors; it is never run. The output loads with torchvision's
-``load_state_dict(strict=True)`` and with `weights_convert.read`. Beside it goes summary.json.
+``load_state_dict(strict=True)`` and with `weights_convert.read`. Beside it goes summary.json, or
+OUTPUT.summary.json where the folder has the summary of something else.
 
-Neither file replaces another unless --overwrite is given, and no summary of another run is
-replaced. An error is one line on stderr and exit code 2.
+--overwrite replaces what an earlier conversion to the same output wrote, and nothing else. An
+error is one line on stderr and exit code 2.
 """
 
 from __future__ import annotations
@@ -118,25 +119,38 @@ def one_line(error: Exception) -> str:
 
 
 def check_free(target: Path, overwrite: bool) -> None:
-    """Refuse to replace files without being told, and summaries that no conversion wrote.
+    """Refuse to replace an output without being told, and one that no conversion wrote.
 
     Raises:
       WeightsError: says what is there.
     """
-    summary = target.parent / "summary.json"
-    if summary.exists() and not _of_a_conversion(summary):
-        raise WeightsError(f"{summary}: belongs to another run; choose another folder")
-    for path in (target, summary):
-        if path.exists() and not overwrite:
-            raise WeightsError(f"{path}: exists; choose another folder or give --overwrite")
+    if not target.exists():
+        return
+    if not any(_tells_of(summary, target) for summary in _summaries(target)):
+        raise WeightsError(
+            f"{target}: exists, and no conversion wrote it; remove it or choose another output"
+        )
+    if not overwrite:
+        raise WeightsError(f"{target}: exists; choose another output or give --overwrite")
 
 
-def _of_a_conversion(summary: Path) -> bool:
+def summary_of(target: Path) -> Path:
+    """Return where the summary of a conversion to this output goes."""
+    common, own = _summaries(target)
+    return common if _tells_of(common, target) or not common.exists() else own
+
+
+def _summaries(target: Path) -> tuple[Path, Path]:
+    return target.parent / "summary.json", target.with_name(f"{target.name}.summary.json")
+
+
+def _tells_of(summary: Path, target: Path) -> bool:
+    """Whether it is the summary of a conversion to this output."""
     try:
         found = json.loads(summary.read_text(encoding="utf-8"))
-    except ValueError:
+        return "input_sha256" in found and Path(found["output"]).name == target.name
+    except (OSError, ValueError, TypeError, KeyError):
         return False
-    return isinstance(found, dict) and "input_sha256" in found
 
 
 def convert(args: argparse.Namespace) -> Summary:
@@ -160,7 +174,7 @@ def convert(args: argparse.Namespace) -> Summary:
         bytes=target.stat().st_size,
         seconds=round(time.perf_counter() - start, 3),
     )
-    write_atomic(target.parent / "summary.json", json.dumps(vars(summary), indent=2) + "\n")
+    write_atomic(summary_of(target), json.dumps(vars(summary), indent=2) + "\n")
     return summary
 
 
