@@ -17,7 +17,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichProgress
 
-from jinv import parallel
+from jinv import optimise, parallel
 
 LINE_EVERY = 30.0
 """Seconds between lines where there is no terminal."""
@@ -40,7 +40,14 @@ class Stage(Protocol):
 
 
 class Progress:
-    """Shows a run of these phases; a context manager."""
+    """Shows a run of these phases: a context manager, or a callback of `optimise.run`.
+
+        optimise.run(attack.phases, key, images, attack.data, callback=Progress(attack.phases))
+
+    Args:
+      phases: of the run.
+      console: where it is shown; stderr by default.
+    """
 
     def __init__(self, phases: Sequence[Stage], console: Console | None = None) -> None:
         self._phases = phases
@@ -70,6 +77,15 @@ class Progress:
         trace: TracebackType | None,
     ) -> None:
         self._bar.stop()
+
+    def __call__(self, chunk: optimise.Chunk) -> None:
+        """Show a chunk of a run; the bar begins with the first and ends with the last."""
+        self._bar.start()
+        self.update(chunk.phase, chunk.start, chunk.metrics)
+        done = chunk.start + len(chunk.metrics["loss"])
+        last = chunk.phase == len(self._phases) - 1 and (chunk.stopped or done == self._total)
+        if last or not chunk.finite:
+            self._bar.stop()
 
     def update(self, index: int, start: int, metrics: Mapping[str, np.ndarray]) -> None:
         """Show the state of a run after steps `start` and following of phase `index`.

@@ -56,6 +56,20 @@ def test_lines_where_there_is_no_terminal(clock: list[float]) -> None:
     assert score == "step 20: judge 0.50"
 
 
+def test_it_is_a_callback_of_a_run(clock: list[float]) -> None:
+    """Of one that goes to the end, and of one whose last phase is stopped."""
+    for stopped in (False, True):
+        text = io.StringIO()
+        shown = progress.Progress(phases(), Console(file=text, width=200, force_terminal=True))
+        for phase, start, count in ((0, 0, 100), (1, 100, 10), (1, 110, 40 - 20 * stopped)):
+            _, _, metrics = chunk(phase, start, count)
+            ended = stopped and start == 110
+            shown(optimise.Chunk(phase, start, metrics, None, ended))  # type: ignore[arg-type]
+            assert shown._bar.live.is_started == (start < 110)
+        assert "fine" in text.getvalue()
+        assert "loss 2.5" in text.getvalue()
+
+
 def test_the_bar_shows_step_time_left_and_terms() -> None:
     text = io.StringIO()
     console = Console(file=text, width=160, force_terminal=True)
