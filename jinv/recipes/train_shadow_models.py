@@ -53,8 +53,11 @@ from jinv.runs.signals import Interrupted, Signals
 from jinv.shadow import features, privacy, sampling, statistics, store, training
 from jinv.shadow.config import Config as Training
 from jinv.shadow.config import make_head
-from jinv.shadow.generation import Execution, Factory, Made, Restarts
+from jinv.shadow.generation import DivergedError, Execution, Factory, Made, Restarts
 from jinv.shadow.sampling import Sampling, Sets
+
+_TELLING = 16
+"""Models that do not all diverge by chance."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -362,9 +365,18 @@ class Production(command.Loaded):
     def stream(
         self, seeds: Sequence[int], see: Callable[[int, Made], None] = lambda seed, made: None
     ) -> Iterator[tuple[int, Made]]:
-        """Yield (seed, its models), one after the other; `see` is shown every chunk."""
+        """Yield (seed, its models), one after the other; `see` is shown every chunk.
+
+        Raises:
+          DivergedError: a good number of models is made, and none is of use.
+        """
+        models, sound = 0, False
         for seed in seeds:
-            yield seed, self.factory.seed(seed, self.sets(seed), lambda made: see(seed, made))  # noqa: B023
+            made = self.factory.seed(seed, self.sets(seed), lambda made: see(seed, made))  # noqa: B023
+            models, sound = models + len(made.loss), sound or bool(np.isfinite(made.loss).any())
+            if models >= _TELLING and not sound:
+                raise DivergedError(models)
+            yield seed, made
 
     def missing(self, target: store.Store) -> list[int]:
         """Return the seeds of this part that are not there yet."""
@@ -401,6 +413,8 @@ class Production(command.Loaded):
         for made in seeds:
             whole.add(made)
         loss, tries, accuracy = whole.arrays()
+        if not np.isfinite(loss).any():
+            raise DivergedError(len(loss))
         if whole.statistics is not None and folder is not None:
             whole.statistics.save(folder / store.STATISTICS)
         failed = 0 if config.restarts is None else int((~(loss < config.restarts.loss)).sum())

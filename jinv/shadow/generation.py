@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jinv import checks, parallel
+from jinv import checks, optimise, parallel
 from jinv.checks import Count, Positive, Range
 from jinv.prng import written_out
 from jinv.shadow.config import Config, Shadow, Train, make_head
@@ -92,6 +92,17 @@ class Restarts:
 
     def __post_init__(self) -> None:
         checks.fields(self)
+
+
+class DivergedError(optimise.NonFiniteError):
+    """No shadow model has a finite loss."""
+
+    def __init__(self, models: int) -> None:
+        ArithmeticError.__init__(
+            self,
+            f"all {models} models diverged: no loss is a finite number. Lower training.lr (or "
+            "training.init_std, training.pos_weight), and begin again with --overwrite",
+        )
 
 
 class Made(NamedTuple):

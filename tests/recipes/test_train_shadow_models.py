@@ -27,6 +27,7 @@ from jinv.recipes import train_shadow_models
 from jinv.recipes.train_shadow_models import Part
 from jinv.runs import command_line
 from jinv.shadow import Config, Privacy, features, make_train, privacy, sampling, store
+from jinv.shadow.generation import Factory, Made
 from jinv.shadow.store import Store
 
 CLASSES = 3
@@ -65,6 +66,26 @@ def run(tmp_path: Path, recipe: dict[str, Any], *flags: str, out: str = "out") -
 
 def summary(tmp_path: Path, out: str = "out") -> dict[str, Any]:
     return json.loads((tmp_path / out / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("out", ["out", "none"])
+@pytest.mark.parametrize("sets", [3, 20])
+def test_models_that_all_diverge_are_a_failure(
+    tmp_path: Path,
+    recipe: dict[str, Any],
+    sets: int,
+    out: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe["sampling"] = {"sets": sets}
+    recipe["training"] = recipe["training"] | {"lr": 1e30}
+    assert run(tmp_path, recipe, out=out) == 3
+    told = capsys.readouterr().err
+    assert f"error: all {20 if sets == 20 else 9} models diverged" in told
+    assert "training.lr" in told
+    assert not (tmp_path / "out/summary.json").exists()
+    recipe["training"]["lr"] = 0.5
+    assert run(tmp_path, recipe, "--overwrite", out=out) == 0
 
 
 def test_the_store_holds_what_the_library_trains(tmp_path: Path, recipe: dict[str, Any]) -> None:
@@ -307,14 +328,24 @@ def test_other_runs_folders_are_left_alone(
 
 
 def test_models_that_diverge_are_counted_and_left_out(
-    tmp_path: Path, recipe: dict[str, Any]
+    tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    training = recipe["training"] | {"lr": 1e30}
-    assert run(tmp_path, recipe | {"training": training}) == 0
+    made = Factory.seed
+
+    def some_diverge(*args: Any) -> Made:
+        found = made(*args)
+        loss, weights = found.loss.copy(), found.weights.copy()
+        loss[:5] = weights[:5] = np.nan
+        return found._replace(loss=loss, weights=weights)
+
+    monkeypatch.setattr(Factory, "seed", some_diverge)
+    assert run(tmp_path, recipe) == 0
     told = summary(tmp_path)
-    assert told["diverged"] == 60
-    assert told["loss"] == {"mean": None, "std": None, "max": None}
-    assert told["statistics"] is None
+    assert (told["models"], told["diverged"]) == (60, 15)
+    losses = np.concatenate([Store(tmp_path / "out").read(s, name="loss")[5:] for s in range(3)])
+    assert told["loss"]["mean"] == pytest.approx(losses.astype(float).mean())
+    with np.load(tmp_path / "out/statistics.npz") as found:
+        assert found["count"] == 45
 
 
 def test_splits_that_do_not_belong_together_are_refused(
