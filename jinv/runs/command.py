@@ -10,9 +10,10 @@ import argparse
 import dataclasses
 import inspect
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, Generic, Self, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Generic, Self, TypeVar, get_args, get_origin
 
+from jinv import checks
 from jinv.runs import config as configs
 from jinv.runs import hardware, inputs
 from jinv.runs.run_folder import RunFolder
@@ -167,8 +168,18 @@ class Command(Generic[C]):
             return tree
 
     def help(self) -> str:
-        """Return what `--help` says: what the command does, and the keys of its summary."""
-        told = [self.about.strip(), "", "summary.json holds", "", described(self.summary)]
+        """Return what `--help` says: what it does, and the keys of recipes and summary."""
+        told = [
+            self.about.strip(),
+            "",
+            "A recipe holds, with usual values in brackets; --KEY VALUE replaces one for a run",
+            "",
+            recipe_keys(self.config),
+            "",
+            "summary.json holds",
+            "",
+            described(self.summary),
+        ]
         if self.study is not None:
             told += [
                 "",
@@ -193,11 +204,11 @@ Exit codes: 0 done; 2 a mistake in what was asked for; 3 a loss that is not fini
 memory or another failure of the device; 130 or 143 stopped and resumable."""
 
 
-def documented(summary: type) -> dict[str, str]:
-    """Return a summary's keys with what its docstring, and those of its bases, says of them."""
+def documented(cls: type) -> dict[str, str]:
+    """Return the fields of a dataclass with what its docstring, and its bases', says of them."""
     found: dict[str, str] = {}
-    for cls in reversed(summary.__mro__):
-        text = inspect.cleandoc(cls.__dict__.get("__doc__") or "")
+    for base in reversed(cls.__mro__):
+        text = inspect.cleandoc(base.__dict__.get("__doc__") or "")
         _, _, attributes = text.partition("Attributes:\n")
         for match in re.finditer(r"^  (\w[\w, ]*): (.*(?:\n    .*)*)", attributes, re.MULTILINE):
             for name in match[1].split(", "):
@@ -208,11 +219,47 @@ def documented(summary: type) -> dict[str, str]:
 def described(summary: type) -> str:
     """Return a summary's keys with their meanings, as lines of at most 100 characters."""
     told = documented(summary)
-    width = max(len(f.name) for f in dataclasses.fields(summary)) + 6
+    return _table({f.name: told.get(f.name, "") for f in dataclasses.fields(summary)})
+
+
+def recipe_keys(config: type) -> str:
+    """Return all keys of a recipe with meanings and usual values, as `described` does."""
+    return _table(dict(_keys(config, "", {})))
+
+
+def _keys(cls: type, path: str, told: dict[type, str]) -> Iterator[tuple[str, str]]:
+    """Yield a dataclass's keys with what they mean; those that are `told` already only once."""
+    known = [place for other, place in told.items() if issubclass(other, cls)]
+    if known:
+        yield f"{path}*", f"as {known[0]}*"
+        return
+    told[cls] = path
+    meanings = documented(cls)
+    for field in dataclasses.fields(cls):
+        name, default = path + field.name, field.default
+        usual = ""
+        if default is None or isinstance(default, str | int | float):
+            usual = f" [{'null' if default is None else str(default).lower()}]"
+        elif default is field.default_factory:  # there is neither
+            usual = " [needed]"
+        yield name, meanings.get(field.name, "") + usual
+        for kind, _ in map(checks.bare, checks.options(checks.hints(cls)[field.name])):
+            listed = get_origin(kind) is tuple
+            inner = checks.bare(get_args(kind)[0])[0] if listed else kind
+            if dataclasses.is_dataclass(inner):
+                yield from _keys(inner, f"{name}.0." if listed else f"{name}.", told)  # type: ignore[arg-type]
+
+
+def _table(told: Mapping[str, str]) -> str:
+    """Return names and texts in two columns, as lines of at most 100 characters."""
+    width = min(max(map(len, told)), 36) + 6
     lines = []
-    for field in dataclasses.fields(summary):
-        words, line = told.get(field.name, "").split(), f"    {field.name:<{width - 4}}"
-        for word in words:
+    for name, text in told.items():
+        line = f"    {name:<{width - 4}}"
+        if not line.endswith(" "):
+            lines.append(line)
+            line = " " * width
+        for word in text.split():
             if len(line) + 1 + len(word) > 100:
                 lines.append(line)
                 line = " " * width

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin
@@ -166,3 +167,22 @@ def test_every_number_has_a_range(key: Key) -> None:
             number, said = checks.bare(part)
             if number in (int, float):
                 assert any(isinstance(note, checks.Range) for note in said), key.name
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_lists_the_keys_without_a_config(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = COMMANDS[name]
+    assert command is not None
+    with pytest.raises(SystemExit) as left:
+        command_line.main(command, ["--help"])
+    assert left.value.code == 0
+    told = capsys.readouterr().out
+    above = told[: told.index("summary.json holds\n\n    ")]
+    listed = dict(re.findall(r"^    ([a-z]\S*?)(\*| |$)", above, re.MULTILINE))
+    starts = tuple(key for key, star in listed.items() if star == "*")
+    for key in KEYS:
+        if key.command == name:
+            assert key.name in listed or key.name.startswith(starts), key.name
+    assert max(map(len, told.splitlines())) <= 100
