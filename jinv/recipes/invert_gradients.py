@@ -202,6 +202,9 @@ class GradientInversion(command.Loaded):
         self._names = data.class_names(self.net.classes, config.class_names)
         self._perceptual = perceptual(config.lpips_vgg16)
         client = config.client
+        self._epsilon = None
+        if client is not None and client.defence.noise_multiplier:
+            self._epsilon = privacy.epsilon(client.defence.noise_multiplier, config.delta)
         if client is not None:
             self._send = evidence.simulator(
                 self.net,
@@ -476,10 +479,8 @@ class GradientInversion(command.Loaded):
         }
         if client is not None:
             told["defence"] = client.defence.describe()
-            noise = client.defence.noise_multiplier
-            if noise:
-                told["epsilon"] = privacy.epsilon(noise, self.config.delta)
-                told["delta"] = self.config.delta
+            if self._epsilon is not None:
+                told |= {"epsilon": self._epsilon, "delta": self.config.delta}
         return told
 
     def _used_labels(self, found: Any, chosen: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import tyro
 
 from jinv import optimise, parallel
 from jinv.runs import config as configs
-from jinv.runs import lock, study
+from jinv.runs import hardware, lock, study
 from jinv.runs.command import FREE, Command, Loaded
 from jinv.runs.run_folder import FolderError
 from jinv.runs.signals import Interrupted
@@ -29,6 +29,7 @@ def main(command: Command, arguments: Sequence[str] | None = None) -> int:
 
     def everything() -> None:
         flags, rest = _flags(command, arguments)
+        hardware.check_installed()
         tree = configs.read_yaml(configs.find(flags.config))
         variants = _variants(tree)
         config = _override(command, command.recipe_from(tree), flags, rest)

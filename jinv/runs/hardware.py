@@ -6,6 +6,7 @@ import collections
 import importlib.metadata
 import os
 import platform
+import re
 from pathlib import Path
 
 import jax
@@ -66,3 +67,18 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def check_installed() -> None:
+    """Raise ImportError if a package is missing that some part of a run needs, perhaps its end."""
+    try:
+        requirements = importlib.metadata.requires("jinv") or []
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return
+    missing = []
+    for requirement in requirements:
+        name = re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
+        if "extra ==" not in requirement and not any(importlib.metadata.distributions(name=name)):
+            missing.append(name)
+    if missing:
+        raise ImportError(f"jinv needs {', '.join(missing)}: pip install {' '.join(missing)}")
