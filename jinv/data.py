@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, get_args
 import numpy as np
 from PIL import Image, ImageOps
 
-from jinv import checks, image
+from jinv import checks, files, image
 from jinv.checks import File
 from jinv.image import Preprocessing
 
@@ -140,11 +140,11 @@ def idx(
     """
     if split == "validation":
         raise ValueError(f"IDX files know the splits train and test, not {split}")
-    name, files = _idx_files(Path(folder), split, name)
-    images, labels = _read_idx(files["images"], 3), _read_idx(files["labels"], 1).astype(np.int32)
+    name, found = _idx_files(files.path(folder), split, name)
+    images, labels = _read_idx(found["images"], 3), _read_idx(found["labels"], 1).astype(np.int32)
     if len(images) != len(labels):
         raise ValueError(
-            f"{files['images']} holds {len(images)} images, {files['labels']} {len(labels)} labels"
+            f"{found['images']} holds {len(images)} images, {found['labels']} {len(labels)} labels"
         )
     if name == "emnist-letters":
         labels -= 1
@@ -154,7 +154,7 @@ def idx(
     try:
         return Dataset(np.ascontiguousarray(images)[..., None], labels, names)
     except ValueError as error:
-        raise ValueError(f"{files['labels']}: {error}") from None
+        raise ValueError(f"{found['labels']}: {error}") from None
 
 
 def _idx_files(folder: Path, split: Split, name: str | None) -> tuple[str, dict[str, Path]]:
@@ -174,15 +174,15 @@ def _idx_files(folder: Path, split: Split, name: str | None) -> tuple[str, dict[
         name = next(iter(found))
     if name is None and found:
         raise ValueError(f"{folder} holds several data sets; name one of {', '.join(found)}")
-    files = found.get(name or "", {})
-    missing = [kind for kind in ("images", "labels") if kind not in files]
+    chosen = found.get(name or "", {})
+    missing = [kind for kind in ("images", "labels") if kind not in chosen]
     if missing:
         prefix = f"{name}-" if name else ""
         raise ValueError(
             f"{folder} holds no file called {prefix}{split}-{missing[0]}-"
             f"{'idx3' if missing[0] == 'images' else 'idx1'}-ubyte, with .gz or without"
         )
-    return name or "", files
+    return name or "", chosen
 
 
 def _read_idx(path: Path, rank: int) -> np.ndarray:
@@ -242,7 +242,9 @@ def fashion_mnist_folder(folder: str | Path | None = None) -> Path:
       ValueError: they are nowhere; says how to get them.
     """
     given = folder or os.environ.get(ENVIRONMENT)
-    places = [Path(given), Path(given) / "fashion-mnist"] if given else [Path(p) for p in _PLACES]
+    places = [Path(p) for p in _PLACES]
+    if given:
+        places = [files.path(given), files.path(given) / "fashion-mnist"]
     for place in places:
         if any(place.glob("train-images-idx3-ubyte*")):
             return place
@@ -277,7 +279,7 @@ def image_files(paths: Sequence[str | Path], size: int) -> np.ndarray:
 def _located(path: str | Path) -> Path:
     package, found, file = str(path).removeprefix("package:").partition("/")
     if not str(path).startswith("package:") or not found:
-        return Path(path)
+        return files.path(path)
     spec = importlib.util.find_spec(package)  # does not import it
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(f"cannot read the picture {path}: the package {package} is not installed")
@@ -333,7 +335,7 @@ def arrays(file: str | Path) -> Dataset:
       ValueError: the file is missing, damaged or does not hold these. Objects are never unpickled.
     """
     try:
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(files.path(file)) as archive:
             labels = _npy(archive, "labels", "iub", (1, 2))
             if "classes.npy" in archive.namelist():
                 names = tuple(map(str, _npy(archive, "classes", "U", (1,))))
@@ -445,7 +447,7 @@ def _tfds_source(name: str, split: str, folder: str | Path | None) -> Any:
         raise ImportError(
             "data of the format 'tfds' needs tensorflow-datasets: pip install 'jinv[tfds]'"
         ) from error
-    place = None if folder is None else str(folder)
+    place = None if folder is None else str(files.path(folder))
     try:
         return tensorflow_datasets.data_source(name, split=split, data_dir=place, download=False)
     except (NotImplementedError, AssertionError):  # of another format, or absent
@@ -554,7 +556,7 @@ class Source:
         if self.format == "images":
             return image_folder(Path(self.folder or "") / called, size)
         if self.format == "arrays":
-            return arrays(Path(self.folder or "") / f"{called}.npz")
+            return arrays(files.path(self.folder or "") / f"{called}.npz")
         if self.format == "idx":
             return idx(self.folder or "", split, name=self.name, transposed=self.transposed)
         return fashion_mnist(split, self.folder)

@@ -1,4 +1,4 @@
-"""Files that are either complete or absent."""
+"""Paths as people write them, and files that are either complete or absent."""
 
 from __future__ import annotations
 
@@ -6,6 +6,18 @@ import hashlib
 import os
 import secrets
 from pathlib import Path
+
+
+def path(text: str | os.PathLike[str]) -> Path:
+    """Return a path that a person gave, with `~` and `~name` as the home folders they stand for.
+
+    Raises:
+      ValueError: there is no such home folder.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"cannot read the path {text}: {error}") from None
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:

@@ -19,6 +19,7 @@ from flax import nnx
 from jax import Array
 
 import weights_convert
+from jinv import files
 from jinv.files import check_sha256
 from jinv.models import vgg
 from jinv.models.package import Package
@@ -54,7 +55,7 @@ def load(vgg16_weights: str | Path | None, heads: str | Path | None = None) -> D
     """
     if vgg16_weights is None:
         raise FileNotFoundError(f"LPIPS needs torchvision's {VGG16}: give its path")
-    path = Path(vgg16_weights)
+    path = files.path(vgg16_weights)
     if not path.exists():
         raise FileNotFoundError(f"LPIPS needs torchvision's {VGG16}: there is no {path}")
     if path.name == VGG16:
@@ -65,7 +66,7 @@ def load(vgg16_weights: str | Path | None, heads: str | Path | None = None) -> D
     variables = jax.device_put(
         {
             "network": _fitting(path, nnx.to_pure_dict(shapes), "features.", "VGG16"),
-            "heads": _heads(HEADS.find("LPIPS's heads") if heads is None else Path(heads)),
+            "heads": _heads(HEADS.find("LPIPS's heads") if heads is None else files.path(heads)),
         }
     )
 

@@ -29,6 +29,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jinv import image, optimise, parallel
 from jinv.data import Dataset
+from jinv.files import path as given_path
 from jinv.files import sha256, write_atomic
 from jinv.net import Net, Variables
 
@@ -265,7 +266,7 @@ class Writer:
     """
 
     def __init__(self, folder: str | Path, images: int, start: int = 0) -> None:
-        self.folder = Path(folder)
+        self.folder = given_path(folder)
         if self.folder.exists() and any(self.folder.iterdir()):
             raise ValueError(f"{self.folder} is not empty: choose another folder")
         self._partial = self.folder.with_name(self.folder.name + PARTIAL)
@@ -340,7 +341,7 @@ def load(folder: str | Path, *, verify: bool = True) -> Features:
     Raises:
       ValueError: names the file that is missing, damaged or not what features.json says.
     """
-    folder = Path(folder)
+    folder = given_path(folder)
     path = folder / INDEX
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

@@ -27,6 +27,7 @@ from typing import Any, Literal
 import numpy as np
 import tensorstore
 
+from jinv import files
 from jinv.files import write_atomic
 from jinv.runs import config as configs
 
@@ -126,7 +127,7 @@ class Store:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = files.path(folder)
         self.metadata = read_metadata(self.folder)
         self._arrays = {name: _open(self.folder, self.metadata, name) for name in ARRAYS}
 
@@ -139,7 +140,7 @@ class Store:
         Raises:
           StoreError: it is of other models; says in what they differ.
         """
-        folder = Path(folder)
+        folder = files.path(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
