@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,8 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 from PIL import Image
+
+A = TypeVar("A", Array, np.ndarray)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,13 +86,40 @@ def normalise(pixels: Array, preprocessing: Preprocessing) -> Array:
 
 
 def from_bytes(images: Array, preprocessing: Preprocessing, dtype: DTypeLike = "float32") -> Array:
-    """Bytes (B, H, W, C or 1) to normalised images (B, H, W, C); gray becomes C equal channels."""
-    return normalise(jnp.asarray(images, dtype) / 255, preprocessing)
+    """Bytes (B, H, W, 1, 3 or C) to normalised images (B, H, W, C), see `for_channels`."""
+    seen = for_channels(images, preprocessing.channels)
+    return normalise(jnp.asarray(seen, dtype) / 255, preprocessing)
 
 
 def denormalise(images: Array, preprocessing: Preprocessing) -> Array:
     """Normalised images to pixels; inverse of `normalise`, not clipped."""
     return (images - _like(preprocessing.black, images)) / _like(preprocessing.scale, images)
+
+
+def for_channels(images: A, channels: int, name: str = "a network") -> A:
+    """Return bytes or pixels (..., 1, 3 or C) as a network of C channels can take them.
+
+    The one way from colours to gray, for C = 1, is the luma of ITU-R 601, as Pillow's mode "L" has
+    it: 0.299 red + 0.587 green + 0.114 blue, of bytes rounded to a byte. Gray images stay as they
+    are: their one channel is spread over C equal ones wherever they are normalised.
+
+    Raises:
+      ValueError: the images have another number of channels; says so of the network of this `name`.
+    """
+    found = images.shape[-1]
+    if found in (1, channels):
+        return images
+    if (found, channels) != (3, 1):
+        raise ValueError(
+            f"images of {found} channels cannot be shown to {name}, which takes {channels}: only "
+            "gray and RGB images can be changed into each other"
+        )
+    red, green, blue = (images[..., i : i + 1] for i in range(3))
+    if images.dtype != np.uint8:
+        return 0.299 * red + 0.587 * green + 0.114 * blue
+    red, green, blue = (channel.astype(np.int32) for channel in (red, green, blue))
+    # Pillow's own numbers, of 65536.
+    return ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).astype(np.uint8)
 
 
 def convert(images: Array, source: Preprocessing, target: Preprocessing) -> Array:

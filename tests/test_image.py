@@ -219,6 +219,32 @@ def test_resize_sides_and_methods() -> None:
     )
 
 
+# --- colours and gray ----------------------------------------------------------------------------
+
+
+def test_colours_become_gray_as_in_pillow() -> None:
+    """ITU-R 601: bytes as Pillow's mode "L" has them, in NumPy and JAX; floats by the formula."""
+    colour = np.random.default_rng(0).integers(0, 256, (3, 40, 40, 3), np.uint8)
+    expected = np.stack([np.asarray(Image.fromarray(one).convert("L")) for one in colour])
+    for found in (image.for_channels(colour, 1), image.for_channels(jnp.asarray(colour), 1)):
+        assert found.dtype == np.uint8
+        np.testing.assert_array_equal(found, expected[..., None])
+    luma = (colour / 255) @ [0.299, 0.587, 0.114]
+    np.testing.assert_allclose(image.for_channels(colour / 255, 1)[..., 0], luma, rtol=1e-12)
+    found = image.from_bytes(jnp.asarray(colour), GRAY)
+    np.testing.assert_allclose(found[..., 0], (expected / 255 - 0.1307) / 0.3081, atol=1e-5)
+
+
+def test_gray_stays_and_other_channels_are_named() -> None:
+    gray, colour = np.zeros((1, 2, 2, 1), np.uint8), np.zeros((1, 2, 2, 3), np.uint8)
+    assert image.for_channels(gray, 3) is gray
+    assert image.for_channels(colour, 3) is colour
+    assert image.from_bytes(jnp.asarray(gray), IMAGENET).shape == (1, 2, 2, 3)
+    for found, wanted in ((2, 1), (4, 3), (2, 3), (4, 1), (3, 4)):
+        with pytest.raises(ValueError, match=f"{found} channels .* takes {wanted}"):
+            image.for_channels(np.zeros((1, 2, 2, found), np.uint8), wanted)
+
+
 # --- bytes, sheets, photographs ------------------------------------------------------------------
 
 

@@ -74,9 +74,9 @@ class Drawn(NamedTuple):
     """A client's images.
 
     Attributes:
-      pixels: bytes (K, H, W, 1 or 3).
+      pixels: bytes (K, H, W, C), gray or of the network's channels.
       classes: K, or () if they are not known.
-      distractors: other images of the data, bytes (M, H, W, 1 or 3); None for files.
+      distractors: other images of the data, bytes (M, H, W, C); None for files.
       names: of the data's classes; None for files.
     """
 
@@ -117,17 +117,20 @@ def draw(client: Client, net: Net, size: int, key: Array) -> Drawn:
         raise ValueError(
             f"{net.name} knows {net.classes} classes, the data has {len(everything.classes)}"
         )
+    images = _shown(drawn.images, net)
     return Drawn(
-        drawn.images[: client.images],
+        images[: client.images],
         tuple(map(int, drawn.labels[: client.images])),
-        drawn.images[client.images :],
+        images[client.images :],
         everything.classes,
     )
 
 
+def _shown(images: np.ndarray, net: Net) -> np.ndarray:
+    return image.for_channels(images, net.preprocessing.channels, net.name)
+
+
 def normalised(pixels: np.ndarray, wanted: Preprocessing) -> Array:
-    """Return bytes (K, H, W, 1 or 3) as a network of this preprocessing takes them."""
-    values = jnp.asarray(pixels / np.float32(255))
-    if wanted.channels == 1:
-        values = values.mean(-1, keepdims=True)
+    """Return bytes (K, H, W, 1, 3 or C) as a network of this preprocessing takes them."""
+    values = jnp.asarray(image.for_channels(pixels, wanted.channels) / np.float32(255))
     return image.convert(values, image.pixels(values.shape[-1]), wanted)

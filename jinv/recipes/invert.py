@@ -339,7 +339,7 @@ def _space(config: Config, first: Net) -> image.Preprocessing:
     space = {
         "first": first.preprocessing,
         "imagenet": image.Preprocessing(),
-        "pixels": image.pixels(3),
+        "pixels": image.pixels(first.preprocessing.channels),
     }[config.space]
     return space.gray() if config.gray else space
 

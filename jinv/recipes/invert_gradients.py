@@ -296,7 +296,7 @@ class GradientInversion(command.Loaded):
         """Return the client's images as pixels in [0, 1], with as many channels as the attack's."""
         images = image.denormalise(jnp.asarray(secret.images), self.net.preprocessing)
         pixels = np.clip(np.asarray(images, np.float64), 0, 1)
-        return pixels.mean(-1, keepdims=True) if self.config.gray else pixels
+        return image.for_channels(pixels, 1) if self.config.gray else pixels
 
     # --- the attacker -----------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 import weights_convert
-from jinv import checks, data, models, parallel, training
+from jinv import checks, data, image, models, parallel, training
 from jinv.checks import Count, File, Seed
 from jinv.files import sha256, write_atomic
 from jinv.image import Preprocessing
@@ -388,18 +388,28 @@ def _with_body(net: Net, source: Net) -> Net:
 
 
 def measured(images: np.ndarray, channels: int) -> Preprocessing:
-    """Normalisation to mean 0 and deviation 1 a channel, measured on bytes (N, H, H, C).
+    """Normalisation to mean 0 and deviation 1 a channel, measured on bytes (N, H, W, C).
 
-    Rounded to four digits. Gray images (C = 1) get as many equal `channels`.
+    Rounded to four digits. Gray images (C = 1) get as many equal `channels`; colours are measured
+    as `image.for_channels` shows them.
+
+    Raises:
+      ValueError: a channel is the same in all pixels.
     """
     count = images.size // images.shape[-1]
-    sums, squares = np.zeros((2, images.shape[-1]), np.int64)
+    seen = image.for_channels(images[:1], channels).shape[-1]
+    sums, squares = np.zeros((2, seen), np.int64)
     for start in range(0, len(images), 1024):  # no copy of all images in wider numbers
-        part = images[start : start + 1024].astype(np.int64)
+        part = image.for_channels(images[start : start + 1024], channels).astype(np.int64)
         sums += part.sum((0, 1, 2))
         squares += np.square(part).sum((0, 1, 2))
     mean = sums / count / 255
-    std = np.sqrt(squares / count / 255**2 - mean**2)
+    std = np.sqrt(np.maximum(squares / count / 255**2 - mean**2, 0))
+    if std.min() < 5e-5:
+        raise ValueError(
+            f"the training images' std is {std.min():.1g} in a channel, all but one brightness: "
+            "nothing is left when they are normalised"
+        )
     repeat = channels if len(mean) == 1 else 1
     return Preprocessing(
         images.shape[1],

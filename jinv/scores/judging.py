@@ -44,7 +44,8 @@ class Prediction:
 def make_judge(net: Net) -> Callable[[Array | np.ndarray], Prediction]:
     """Return a compiled `pixels (B, H, W, C) in [0, 1] -> Prediction`, at the network's own size.
 
-    Pixels are clipped to [0, 1] and resampled (bicubic) to what the network was trained on. All
+    Pixels are clipped to [0, 1] and resampled (bicubic) to what the network was trained on; colours
+    become gray for a network of one channel. All
     judges of one network share its programs, which last as long as the network.
     """
     if net not in _PREDICT:
@@ -68,8 +69,9 @@ def _predict(
     pixels: Array,
 ) -> tuple[Array, Array | None]:
     """Probabilities and features. No program computes the moments, which nobody asks for."""
-    resized = image.resize(jnp.clip(pixels, 0, 1), wanted.size, "bicubic")
-    space = image.pixels(1 if pixels.shape[-1] == 1 else 3)
+    seen = image.for_channels(jnp.clip(pixels, 0, 1), wanted.channels)
+    resized = image.resize(seen, wanted.size, "bicubic")
+    space = image.pixels(resized.shape[-1])
     outputs = apply(variables, image.convert(jnp.clip(resized, 0, 1), space, wanted))
     return jax.nn.softmax(outputs.logits), outputs.features
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jinv import image
 from jinv.scores import lpips, similarity
 
 HIGHER, LOWER = "higher is nearer", "lower is nearer"
@@ -45,8 +46,8 @@ class Scorer:
 
     Args:
       truth: originals, pixels (K, H, W, C) in [0, 1].
-      distractors: other images, bytes (M, H, W, 1 or C), that a reconstruction might be taken for;
-        they count for IIP only.
+      distractors: other images, bytes (M, H, W, 1, 3 or C), that a reconstruction might be taken
+        for; they count for IIP only.
       distance: LPIPS, or why it is not available.
     """
 
@@ -84,9 +85,10 @@ class Scorer:
         """Return originals and distractors; they take memory only while they are compared."""
         if not len(self._distractors):
             return self.truth
-        others = self._distractors / 255
-        if others.shape[-1] != self.truth.shape[-1]:
-            others = np.repeat(others, self.truth.shape[-1], -1)
+        channels = self.truth.shape[-1]
+        others = image.for_channels(self._distractors, channels) / 255
+        if others.shape[-1] != channels:
+            others = np.repeat(others, channels, -1)
         return np.concatenate([self.truth, others])
 
     def missing(self, scored: Scored) -> dict[str, str]:

@@ -147,7 +147,7 @@ def blocks(
 
     Args:
       net: the network; in inference mode.
-      dataset: images of any size, gray or of the network's channels.
+      dataset: images of any size, gray, RGB or of the network's channels.
       batch: images at once; the last batch is filled up with zeros.
       mesh: of the devices that share a batch evenly, see `training.batch_mesh`.
       start: first image.
@@ -233,12 +233,9 @@ def _compiled(
 
 def check(net: Net, dataset: Dataset) -> None:
     """ValueError if the network has no features, or takes images of other channels."""
-    channels, taken = dataset.images.shape[-1], net.preprocessing.channels
-    if channels not in (1, taken):
-        raise ValueError(
-            f"images of {channels} channels cannot be shown to {net.name}, which takes {taken}"
-        )
-    shape = (1, net.preprocessing.size, net.preprocessing.size, taken)
+    taken = net.preprocessing.channels
+    image.for_channels(dataset.images[:1], taken, net.name)
+    shape = (1, net.preprocessing.height, net.preprocessing.width, taken)
     example = jax.ShapeDtypeStruct(shape, jnp.float32)
     found = jax.eval_shape(net.apply, net.variables, example).features
     if found is None or found.ndim != 2:
