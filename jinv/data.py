@@ -389,7 +389,7 @@ def _numbers(count: int) -> tuple[str, ...]:
 def tfds(
     name: str,
     split: str,
-    size: int,
+    size: int | Sequence[int],
     *,
     folder: str | Path | None = None,
     image_key: str = "image",
@@ -403,7 +403,7 @@ def tfds(
     Args:
       name: of the builder: "cifar10", "celeb_a", "emnist/letters".
       split: in tfds' words: "train", "test", "train[:90%]".
-      size: side of the images.
+      size: of the images, one side or height and width.
       folder: tfds' data_dir; its own default without.
       image_key: the feature with the images.
       label_key: the feature with the labels. Truth values by name ("attributes") give labels
@@ -543,15 +543,22 @@ class Source:
         """Images come in any size that is asked for; those of other formats have their own."""
         return self.format in ("images", "tfds")
 
-    def check_size(self, size: int | None) -> None:
-        """Raise ValueError if a side of images is asked for where they have their own."""
-        if size is not None and not self.takes_size:
+    def check_size(self, size: int | Sequence[int] | None) -> None:
+        """Raise ValueError if a size is none, or asked for where images have their own."""
+        if size is None:
+            return
+        image.sides(size)
+        if not self.takes_size:
             raise ValueError(
                 "size belongs to data of the formats 'images' and 'tfds': others have their own"
             )
 
-    def load(self, split: Split, size: int) -> Dataset:
-        """The images of a split, of this size where the format `takes_size`."""
+    def load(self, split: Split, size: int | Sequence[int]) -> Dataset:
+        """The images of a split, of this size where the format `takes_size`.
+
+        Raises:
+          ValueError: the split is not there, or its format's reader refuses it.
+        """
         called = self.splits.get(split, split)
         if self.format == "tfds":
             keys = {"image_key": self.image, "label_key": self.label}

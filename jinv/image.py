@@ -7,6 +7,7 @@ bytes (0..255) exist only in files. A `Preprocessing` is the affine map between 
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -24,25 +25,58 @@ A = TypeVar("A", Array, np.ndarray)
 class Preprocessing:
     """How a network wants its images: `normalised = (lo + pixels * (hi - lo) - mean) / std`.
 
+    Lists and arrays become tuples of floats. A single number as `mean` or `std` stands for every
+    channel of the other; two single numbers make one channel.
+
     Attributes:
-      size: side of the square images the network was trained on.
+      size: of the images the network was trained on, in pixels: the side of squares, or
+        (height, width).
       mean: one value a channel, in units of `pixel_range`.
       std: one value a channel, in units of `pixel_range`.
       pixel_range: (lo, hi), the values of black and white before normalisation.
+
+    Raises:
+      ValueError: a value is none of these; std is not positive, or pixel_range does not rise.
     """
 
-    size: int = 224
+    size: int | tuple[int, int] = 224
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     pixel_range: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        if len(self.mean) != len(self.std) or not self.mean:
+        height, width = sides(self.size)
+        mean, std = _finite("mean", self.mean), _finite("std", self.std)
+        if not mean.ndim:
+            mean = np.full(std.shape or 1, mean)
+        if not std.ndim:
+            std = np.full(mean.shape, std)
+        if mean.shape != std.shape or not mean.size:
             raise ValueError(
-                f"mean and std need one value a channel: {len(self.mean)} against {len(self.std)}"
+                f"mean and std need one value a channel: {mean.size} against {std.size}"
             )
-        if min(self.std) <= 0 or self.pixel_range[0] >= self.pixel_range[1] or self.size < 1:
-            raise ValueError(f"std and size must be positive and pixel_range rising: {self}")
+        if std.min() <= 0:
+            raise ValueError(f"std must be positive, not {self.std!r}")
+        ends = _finite("pixel_range", self.pixel_range)
+        if ends.shape != (2,) or ends[0] >= ends[1]:
+            raise ValueError(
+                "pixel_range must be two rising numbers, the values of black and white, such as "
+                f"(0, 255); not {self.pixel_range!r}"
+            )
+        object.__setattr__(self, "size", height if height == width else (height, width))
+        object.__setattr__(self, "mean", tuple(mean.tolist()))
+        object.__setattr__(self, "std", tuple(std.tolist()))
+        object.__setattr__(self, "pixel_range", tuple(ends.tolist()))
+
+    @property
+    def height(self) -> int:
+        """Height of the images in pixels."""
+        return sides(self.size)[0]
+
+    @property
+    def width(self) -> int:
+        """Width of the images in pixels."""
+        return sides(self.size)[1]
 
     @property
     def channels(self) -> int:
@@ -69,6 +103,37 @@ class Preprocessing:
     def white(self) -> np.ndarray:
         """Normalised value of pixel 1, per channel."""
         return (self.pixel_range[1] - np.asarray(self.mean)) / np.asarray(self.std)
+
+
+def sides(size: int | Sequence[int]) -> tuple[int, int]:
+    """Return height and width of a size: of one side, or of the two.
+
+    Raises:
+      ValueError: it is neither; says what a size looks like.
+    """
+    several = isinstance(size, Sequence | np.ndarray) and not isinstance(size, str)
+    try:
+        # `index`: neither 224.5 nor "224" is a number of pixels.
+        found = tuple(operator.index(side) for side in (size if several else (size, size)))  # type: ignore
+    except TypeError:
+        found = ()
+    if len(found) != 2 or min(found) < 1 or isinstance(size, bool):
+        raise ValueError(
+            "size must be positive whole numbers of pixels: one side, such as 224, or height and "
+            f"width, such as (224, 320); not {size!r}"
+        )
+    return found
+
+
+def _finite(name: str, given: object) -> np.ndarray:
+    """Return a number () or numbers (C,) as float64."""
+    try:
+        values = np.asarray(given)
+        if values.dtype.kind in "iuf" and values.ndim <= 1 and np.isfinite(values).all():
+            return values.astype(np.float64)
+    except (TypeError, ValueError, RuntimeError):  # lists of several lengths, others' tensors
+        pass
+    raise ValueError(f"{name} must be a finite number or a flat list of such, not {given!r}")
 
 
 def pixels(channels: int) -> Preprocessing:
@@ -172,20 +237,21 @@ def downscale(images: Array, factor: int) -> Array:
     return windows.mean(axis=(2, 4))
 
 
-def resize(images: Array, size: int | tuple[int, int], method: str = "bilinear") -> Array:
+def resize(images: Array, size: int | Sequence[int], method: str = "bilinear") -> Array:
     """Resample to (size, size) or (height, width); antialiased when shrinking."""
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = sides(size)
     if images.shape[1:3] == (height, width):
         return images
     return jax.image.resize(images, (images.shape[0], height, width, images.shape[3]), method)
 
 
-def resize_bytes(images: Array, size: int, method: str = "bicubic") -> Array:
-    """Bytes (B, H, W, C) to (B, size, size, C) in Pillow's two passes: along rows, then columns.
+def resize_bytes(images: Array, size: int | Sequence[int], method: str = "bicubic") -> Array:
+    """Bytes (B, H, W, C) of another size, in Pillow's two passes: along rows, then columns.
 
     Bicubic overshoots at edges; what is outside of bytes is cut off after each pass.
     """
-    for shape in ((images.shape[1], size), (size, size)):
+    height, width = sides(size)
+    for shape in ((images.shape[1], width), (height, width)):
         if images.shape[1:3] != shape:
             values = resize(images.astype(jnp.float32), shape, method)
             images = jnp.floor(jnp.clip(values, 0, 255) + 0.5).astype(jnp.uint8)

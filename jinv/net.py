@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ from flax import linen, nnx
 from jax import Array
 from jax.extend.core import get_opaque_trace_state
 
-from jinv.image import Preprocessing
+from jinv.image import Preprocessing, sides
 
 Variables = Mapping[Any, Any]
 Parameters = Mapping[Any, Any]
@@ -353,7 +353,7 @@ def _build(
         logits = jax.eval_shape(trace, variables, jax.ShapeDtypeStruct(shape, jnp.float32))
         return logits, record
 
-    shape = (1, preprocessing.size, preprocessing.size, preprocessing.channels)
+    shape = (1, preprocessing.height, preprocessing.width, preprocessing.channels)
     logits, record = traced(shape)
     if not hasattr(logits, "shape") or logits.ndim != 2 or logits.shape[0] != 1:
         raise ValueError(
@@ -373,6 +373,30 @@ def _build(
         lambda shape: tuple(traced(shape)[1].counts),
         record.head,
     )
+
+
+def check_size(net: Net, size: int | Sequence[int]) -> None:
+    """Refuse a size of images, a side or (height, width), that the network cannot be run on.
+
+    It is traced for it, if it is not the network's own; nothing is computed.
+
+    Raises:
+      ValueError: it cannot, as it is with networks whose linear layer takes a fixed number of
+        pixels.
+    """
+    height, width = sides(size)
+    own = net.preprocessing
+    if (height, width) == (own.height, own.width):
+        return
+    images = jax.ShapeDtypeStruct((1, height, width, own.channels), jnp.float32)
+    try:
+        jax.eval_shape(net.apply, net.variables, images)
+    except Exception as error:  # what networks make of other sizes has no common kind
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{net.name} cannot take images of {height} x {width} px (its own size is "
+            f"{own.height} x {own.width} px): {reason}"
+        ) from error
 
 
 def parameters(net: Net, variables: Variables | None = None) -> dict[Any, Any]:

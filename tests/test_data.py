@@ -637,6 +637,8 @@ def test_sources(tmp_path: Path) -> None:
     np.testing.assert_array_equal(renamed.load("test", 20).images, found.images)
     np.savez(tmp_path / "test.npz", images=COLOUR, labels=LABELS)
     assert len(data.Source("arrays", str(tmp_path)).load("test", 99)) == 5
+    with pytest.raises(ValueError, match="size must be positive whole numbers"):
+        renamed.check_size(0)
     for mistake, complaint in (
         ({"format": "arrays"}, "needs its folder"),
         ({"format": "tfds"}, "needs its name"),

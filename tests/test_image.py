@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 from typing import Any
 
@@ -121,11 +123,73 @@ def test_clip_to_the_valid_range(space: Preprocessing) -> None:
         ({"size": 0}, "must be positive"),
         ({"pixel_range": (1.0, 0.0)}, "rising"),
         ({"pixel_range": (1.0, 1.0)}, "rising"),
+        ({"pixel_range": 255}, r"such as \(0, 255\); not 255"),
+        ({"pixel_range": (0, 128, 255)}, "two rising numbers"),
+        ({"size": "224"}, "one side, such as 224, .*not '224'"),
+        ({"size": 224.5}, "whole numbers of pixels.*not 224.5"),
+        ({"size": True}, "not True"),
+        ({"size": (16, 24, 3)}, r"height and width.*not \(16, 24, 3\)"),
+        ({"size": (16, -24)}, "must be positive"),
+        ({"size": None}, "not None"),
+        ({"mean": (0.5, float("nan"), 0.5)}, "mean must be a finite number"),
+        ({"std": float("inf")}, "std must be a finite number"),
+        ({"std": -0.2}, "std must be positive, not -0.2"),
+        ({"mean": "0.5"}, "mean must be a finite number.*not '0.5'"),
+        ({"mean": True}, "mean must be a finite number"),
+        ({"mean": np.full((3, 1, 1), 0.5)}, "a flat list"),
+        ({"mean": [[0.5], [0.5, 0.5]]}, "a flat list"),
+        ({"mean": np.full(4, 0.5)}, "one value a channel: 4 against 3"),
     ],
 )
 def test_preprocessing_refuses(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Preprocessing(**settings)
+
+
+@pytest.mark.parametrize(
+    ("given", "mean", "std"),
+    [
+        ({"mean": 0.5, "std": 0.25}, (0.5,), (0.25,)),
+        ({"mean": 0.5, "std": (0.2, 0.25, 0.3)}, (0.5, 0.5, 0.5), (0.2, 0.25, 0.3)),
+        ({"mean": [0.5], "std": np.float64(0.25)}, (0.5,), (0.25,)),
+        ({"mean": np.full(3, 0.5), "std": [1, 2, 3]}, (0.5, 0.5, 0.5), (1.0, 2.0, 3.0)),
+        ({"mean": jnp.zeros(4), "std": 1}, (0.0,) * 4, (1.0,) * 4),
+        ({"mean": 0}, (0.0,) * 3, (0.229, 0.224, 0.225)),
+    ],
+)
+def test_preprocessing_of_numbers_lists_and_arrays(
+    given: dict[str, Any], mean: tuple[float, ...], std: tuple[float, ...]
+) -> None:
+    """The same as of tuples of floats: equal, with one hash, and plain in JSON."""
+    found = Preprocessing(**given, pixel_range=[0, 1])
+    assert (found.mean, found.std, found.pixel_range) == (mean, std, (0.0, 1.0))
+    assert {type(value) for value in (*found.mean, *found.std, *found.pixel_range)} == {float}
+    same = Preprocessing(mean=mean, std=std)
+    assert found == same
+    assert hash(found) == hash(same)
+    assert Preprocessing(**json.loads(json.dumps(dataclasses.asdict(found)))) == found
+    assert dataclasses.replace(found, size=8).mean == mean
+
+
+@pytest.mark.parametrize(
+    ("given", "size", "height", "width"),
+    [
+        (16, 16, 16, 16),
+        (np.int64(16), 16, 16, 16),
+        ((16, 16), 16, 16, 16),
+        ((16, 24), (16, 24), 16, 24),
+        ([16, np.int32(24)], (16, 24), 16, 24),
+        (np.array([24, 16]), (24, 16), 24, 16),
+    ],
+)
+def test_preprocessing_of_every_size(given: Any, size: Any, height: int, width: int) -> None:
+    found = Preprocessing(given)
+    assert (found.size, found.height, found.width) == (size, height, width)
+    assert hash(found) == hash(Preprocessing(size))
+    assert image.sides(given) == (height, width)
+    x = jnp.zeros((1, 4, 6, 1))
+    assert image.resize(x, given).shape == (1, height, width, 1)
+    assert image.resize_bytes(x.astype(jnp.uint8), given).shape == (1, height, width, 1)
 
 
 # --- augmentations -------------------------------------------------------------------------------

@@ -233,7 +233,7 @@ def build(
         + a_adi R_adi + sum_extra a f, on images pooled, rolled and mirrored at random.
 
     The first network sees the images as they are. A network of another input size sees them
-    resampled by the ratio of the two sizes.
+    resampled by the ratio of the two sizes, each axis by its own.
 
     Args:
       config: the mathematics.
@@ -256,7 +256,8 @@ def build(
     space = space or members[0].net.preprocessing
     _check_networks([member.net for member in members], competitor, space)
     array = _checked_targets(targets, members)
-    canvas = _canvas(config, len(array), size or members[0].net.preprocessing.size, space)
+    usual = members[0].net.preprocessing.size
+    canvas = _canvas(config, len(array), usual if size is None else size, space)
     dtype = jnp.dtype(compute_dtype)
     parts = _parts(config, members, competitor, canvas, dtype, execution)
     placement = ensemble.place(parts, len(array), execution)
@@ -300,7 +301,7 @@ class _Canvas(NamedTuple):
 def _canvas(
     config: Config, count: int, size: int | tuple[int, int], space: Preprocessing
 ) -> _Canvas:
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = image.sides(size)
     for phase in config.phases:
         if height % phase.downscale or width % phase.downscale:
             raise ValueError(f"{height} x {width} images cannot be downscaled by {phase.downscale}")
@@ -323,7 +324,7 @@ def _parts(
     """Make every network's share of the objective, and try it on the images of every phase."""
     shapes = list(dict.fromkeys(canvas.seen(phase) for phase in config.phases))
     classes = jax.ShapeDtypeStruct((canvas.images,), jnp.int32)
-    reference = members[0].net.preprocessing.size
+    reference = members[0].net.preprocessing
     parts = []
     for i, member in enumerate(members):
         rival = competitor if i == 0 else None
@@ -374,7 +375,7 @@ def _terms(
     config: Config,
     member: Member,
     competitor: Net | None,
-    reference: int,
+    reference: Preprocessing,
     space: Preprocessing,
     dtype: jnp.dtype,
     execution: ensemble.Execution,
@@ -383,15 +384,16 @@ def _terms(
     at_once = execution.images_at_once or 0
 
     def outputs(net: Net, variables: Any, images: Array) -> Outputs:
-        scale = net.preprocessing.size / reference
-        height, width = (round(n * scale) for n in images.shape[1:3])
+        own = net.preprocessing
+        height = round(images.shape[1] * (own.height / reference.height))
+        width = round(images.shape[2] * (own.width / reference.width))
         images = image.resize(images, (height, width))
         inputs = image.convert(images, space, net.preprocessing).astype(dtype)
         few = 0 < at_once < len(images)
         try:
             apply = microbatch.in_turns(net.apply, at_once) if few else net.apply
             return apply(variables, inputs)
-        except (ValueError, TypeError, ZeroDivisionError) as error:
+        except Exception as error:  # what networks make of other sizes has no common kind
             message = f"{net.name} cannot take {height} x {width} px images: {error}"
             raise ValueError(message) from None
 

@@ -29,7 +29,7 @@ from jinv.federated import defences, registration
 from jinv.federated import evidence as evidences
 from jinv.federated.defences import Defence
 from jinv.federated.evidence import Circumstances, Evidence
-from jinv.net import Net
+from jinv.net import Net, check_size
 from jinv.objective import gradient_matching, priors
 from jinv.objective.terms import ExtraTerms, ImageTerm, image_terms, weigh
 
@@ -362,8 +362,8 @@ def build(
     data = _data(config, net, evidence, labels)
     _check(config, evidence, data, execution)
     space = space or net.preprocessing
-    size = size or net.preprocessing.size
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = image.sides(net.preprocessing.size if size is None else size)
+    check_size(net, (height, width))
     shape = (config.seeds, evidence.images, height, width, space.channels)
     mesh = _mesh(config.seeds, evidence.images, execution)
     objective = _Objective(

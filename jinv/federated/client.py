@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from typing import Annotated, NamedTuple
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jinv.data import Split
 from jinv.federated.defences import Defence
 from jinv.federated.evidence import Local, Statistics
 from jinv.image import Preprocessing
-from jinv.net import Net
+from jinv.net import Net, check_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,20 +87,22 @@ class Drawn(NamedTuple):
     names: tuple[str, ...] | None = None
 
 
-def draw(client: Client, net: Net, size: int, key: Array) -> Drawn:
+def draw(client: Client, net: Net, size: int | Sequence[int], key: Array) -> Drawn:
     """Return a client's images.
 
     Args:
       client: what the config says.
-      net: whose classes and size they must fit.
-      size: side of the images in pixels.
+      net: whose classes they must fit, and its input.
+      size: of the images in pixels, one side or height and width.
       key: of the random choice.
 
     Raises:
       ValueError: the data does not fit the network, or has too few images.
     """
+    height, width = image.sides(size)
     if client.files:
-        return Drawn(data.image_files(client.files, size), client.classes)
+        check_size(net, size)
+        return Drawn(_shown(data.image_files(client.files, size), net), client.classes)
     everything = client.data.load(client.split, size)
     if everything.has_attributes:
         raise ValueError("labels are attributes: a client's images have classes")
@@ -107,12 +110,16 @@ def draw(client: Client, net: Net, size: int, key: Array) -> Drawn:
         raise ValueError(f"{client.images} images wanted; the data has {len(everything)}")
     wanted = client.images + client.distractors
     order = np.asarray(jax.random.permutation(key, len(everything)))[:wanted]
-    drawn = everything.take(order)
-    if drawn.images.shape[1:3] != (size, size):
+    found = everything.images.shape[1:3]
+    if found != (height, width):
+        check_size(net, found)  # before it is advised
+        advice = str(found[0]) if found[0] == found[1] else str(list(found))
         raise ValueError(
-            f"{net.name} takes images of {size} px, the data's are "
-            f"{drawn.images.shape[1]} px: set size: {drawn.images.shape[1]}"
+            f"images of {height} x {width} px are wanted, the data's are {found[0]} x {found[1]} "
+            f"px: set size: {advice}"
         )
+    check_size(net, size)
+    drawn = everything.take(order)
     if len(everything.classes) > net.classes:
         raise ValueError(
             f"{net.name} knows {net.classes} classes, the data has {len(everything.classes)}"

@@ -49,8 +49,8 @@ class Config:
     Attributes:
       network: whose features; its `weights` may be a folder that `jinv pretrain` wrote.
       data: its splits "train" and "test".
-      size: side of the images of a folder of pictures or of tfds as they are read; None for the
-        network's. Others have their own.
+      size: of the images of a folder of pictures or of tfds as they are read, one side or height
+        and width; None for the network's. Others have their own.
       images_size: side of the images that are kept beside the features, which a reconstructor
         shall make; None for the data's own, 0 to keep none.
       interpolation: to the network's size and to `images_size`.
@@ -60,7 +60,7 @@ class Config:
 
     network: Network
     data: data.Source = dataclasses.field(default_factory=data.Source)
-    size: Count | None = None
+    size: Count | tuple[Count, Count] | None = None
     images_size: Natural | None = None
     interpolation: features.Interpolation = "bicubic"
     batch: Count = 256

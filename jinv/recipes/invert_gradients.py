@@ -68,7 +68,7 @@ class Config:
       labels: how classes are restored, see `jinv.federated.labels`; "joint" optimises them with the
         images (DLG); "known" gives the client's to the attacker. Where the client took local
         steps, every seed without a consensus tries another order of them over its batches.
-      size: of the images; the network's by default.
+      size: of the images, one side or height and width; the network's by default.
       gray: optimise gray images.
       registration: how candidates are moved onto each other before their consensus is taken:
         "none", by a sub-pixel "shift", along their optical "flow".
@@ -90,7 +90,7 @@ class Config:
     originals: tuple[Annotated[str, File()], ...] = ()
     original_classes: tuple[Class, ...] = ()
     labels: LabelMethod = "ilrg"
-    size: Count | None = None
+    size: Count | tuple[Count, Count] | None = None
     gray: bool = False
     registration: registration.Name = "shift"
     knows_defence: bool = True

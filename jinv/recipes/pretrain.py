@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -61,8 +61,8 @@ class Config:
         replaced by one with random weights for the classes of the data; its normalisation and size
         are kept, and images are brought to that size on the device. None for random weights.
       data: what it learns and is tested on.
-      size: side of the images of a folder of pictures or of tfds; None for the network's one.
-        Others have their own.
+      size: of the images of a folder of pictures or of tfds, one side or height and width; None
+        for the network's one. Others have their own.
       train_images: take so many of the training images, chosen at random; all by default.
       seed: of everything random.
       head: a training of the last layer alone, before `training`; it needs `weights`.
@@ -72,7 +72,7 @@ class Config:
     model: registry.Name
     weights: Annotated[str, File(("package",))] | None = None
     data: data.Source = dataclasses.field(default_factory=data.Source)
-    size: Count | None = None
+    size: Count | tuple[Count, Count] | None = None
     train_images: Count | None = None
     seed: Seed = 0
     head: training.Config | None = None
@@ -306,6 +306,8 @@ def _read(config: Config) -> tuple[Net, data.Dataset, data.Dataset]:
         order = np.asarray(jax.random.permutation(chosen_key, len(train)))
         train = train.take(order[: config.train_images])
     _check_shapes(config.model, train, test, space.channels)
+    if source is not None:
+        _check_proportions(train.images, space)
     net = models.load(
         config.model,
         None,
@@ -317,16 +319,23 @@ def _read(config: Config) -> tuple[Net, data.Dataset, data.Dataset]:
 
 
 def _check_shapes(model: str, train: data.Dataset, test: data.Dataset, wanted: int) -> None:
-    _, height, width, channels = train.images.shape
-    if height != width or test.images.shape[1:] != (height, width, channels):
+    (height, width, channels), tested = train.images.shape[1:], test.images.shape[1:]
+    if tested != (height, width, channels):
         raise ValueError(
-            "images must be square and of one size: training images are "
-            f"{width} x {height} px, test images {test.images.shape[2]} x "
-            f"{test.images.shape[1]} px"
+            "images must be of one size and kind: training images are "
+            f"{height} x {width} px with {channels} channels, test images {tested[0]} x "
+            f"{tested[1]} px with {tested[2]}"
         )
-    if channels not in (1, wanted):
+    image.for_channels(train.images[:1], wanted, model)
+
+
+def _check_proportions(images: np.ndarray, wanted: Preprocessing) -> None:
+    """ValueError if bringing the images to a network's size would distort them."""
+    _, height, width, _ = images.shape
+    if height * wanted.width != width * wanted.height:
         raise ValueError(
-            f"images of {channels} channels cannot be shown to {model}, which takes {wanted}"
+            f"images of {height} x {width} px would be distorted to the {wanted.height} x "
+            f"{wanted.width} px that the weights are for: cut them to these proportions"
         )
 
 
@@ -351,7 +360,7 @@ def _phases(config: Config, images: int, key: Array) -> list[_Phase]:
     return phases
 
 
-def splits(source: data.Source, size: int) -> tuple[data.Dataset, data.Dataset]:
+def splits(source: data.Source, size: int | Sequence[int]) -> tuple[data.Dataset, data.Dataset]:
     """Images to train on and to test on; ValueError if their classes are not the same."""
     train, test = source.load("train", size), source.load("test", size)
     if test.classes != train.classes[: len(test.classes)]:
@@ -412,7 +421,7 @@ def measured(images: np.ndarray, channels: int) -> Preprocessing:
         )
     repeat = channels if len(mean) == 1 else 1
     return Preprocessing(
-        images.shape[1],
+        images.shape[1:3],
         tuple(np.round(mean, 4).tolist()) * repeat,
         tuple(np.round(std, 4).tolist()) * repeat,
     )

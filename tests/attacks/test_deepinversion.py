@@ -942,6 +942,31 @@ def test_size_must_be_divisible() -> None:
     attack_of(config, size=(20, 16))
 
 
+def test_sizes_of_height_and_width() -> None:
+    """The first network's is the images'; another sees each axis resampled by its own ratio."""
+    wide = tiny.network(space=dataclasses.replace(tiny.SPACE, size=(16, 24)), name="wide")
+    seen = []
+
+    def apply(variables: Any, images: Array) -> Any:
+        seen.append(images.shape)
+        return wide.apply(variables, images)
+
+    tall = dataclasses.replace(tiny.OTHER_SPACE, size=(24, 12))
+    other = dataclasses.replace(wide, name="tall", apply=apply, preprocessing=tall)
+    config = Config(phases=(Phase(1, downscale=2), Phase(1)))
+    attack = attack_of(config, wide, other)
+    assert attack.initial(KEY).shape == (len(TARGETS), 16, 24, 3)
+    assert {shape[1:] for shape in seen} == {(12, 6, 3), (24, 12, 3)}
+    assert attack_of(config, wide, size=[8, 20]).initial(KEY).shape[1:] == (8, 20, 3)
+    for bad in ("16", 0, (16, 24, 3), 16.0, True):
+        refused("size must be positive whole numbers", config, size=bad)
+
+
+def test_networks_of_a_fixed_size_say_so() -> None:
+    net = models.load("lenet", None)
+    refused(r"lenet cannot take 32 x 20 px images", Config(phases=(Phase(1),)), net, size=(32, 20))
+
+
 # --- terms of one's own -------------------------------------------------------------------------
 
 

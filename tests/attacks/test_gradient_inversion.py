@@ -380,6 +380,21 @@ def test_what_does_not_fit_is_refused(chosen: Any, settings: Any, message: str) 
         gradient_inversion.build(Config(), net, held, chosen, **settings)
 
 
+def test_sizes_of_height_and_width() -> None:
+    space = dataclasses.replace(tiny.SPACE, size=(16, 24))
+    net = tiny.network(space=space)
+    held, _ = evidence.simulate(net, tiny.noise((1, 16, 24, 3)), [2])
+    attack = gradient_inversion.build(Config(seeds=2), net, held, [2])
+    assert attack.initial(KEY).shape == (2, 1, 16, 24, 3)
+    for bad in ("16", 0, (16, 24, 3), 16.0):
+        with pytest.raises(ValueError, match="size must be positive whole numbers"):
+            gradient_inversion.build(Config(), net, held, [2], size=bad)
+    lenet = models.load("lenet", None)
+    sent, _ = evidence.simulate(lenet, np.zeros((1, 28, 28, 1), np.float32), [2])
+    with pytest.raises(ValueError, match=r"lenet cannot take images of 28 x 32 px"):
+        gradient_inversion.build(Config(batch_norm=0), lenet, sent, [2], size=(28, 32))
+
+
 def test_what_ties_nothing_to_the_evidence_is_refused() -> None:
     net, held, _ = small()
     with pytest.raises(ValueError, match="nothing ties the images to the evidence"):

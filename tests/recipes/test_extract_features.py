@@ -95,6 +95,17 @@ def test_gray_images_are_equal_channels(net: Net) -> None:
     assert one.images.shape == (5, 16, 16, 1)
 
 
+def test_gray_networks_see_the_luma_of_colours() -> None:
+    gray = tiny.network(space=dataclasses.replace(tiny.GRAY, size=(16, 24)))
+    colour = dataset(5)
+    luma = np.stack([np.asarray(Image.fromarray(one).convert("L")) for one in colour.images])
+    expected = extract(gray, dataclasses.replace(colour, images=luma[..., None]))
+    found = extract(gray, colour)
+    # Resampled as colours, whose roundings differ.
+    np.testing.assert_allclose(found.features, expected.features, atol=0.02)
+    np.testing.assert_array_equal(found.images, colour.images)
+
+
 def test_images_are_kept_at_the_size_that_is_asked_for(net: Net) -> None:
     given = dataset(5)
     own, other, none = (extract(net, given, images_size=size) for size in (None, 10, 0))
@@ -160,8 +171,8 @@ def test_networks_and_images_that_do_not_fit(net: Net) -> None:
     with pytest.raises(ValueError, match="images of 2 channels cannot be shown to tiny"):
         extract(net, dataset(channels=2))
     gray = tiny.network(space=tiny.GRAY)
-    with pytest.raises(ValueError, match=r"images of 3 channels .* which takes 1"):
-        extract(gray, dataset())
+    with pytest.raises(ValueError, match=r"images of 4 channels .* which takes 1"):
+        extract(gray, dataset(channels=4))
     headless = dataclasses.replace(
         net, apply=lambda variables, images: net.apply(variables, images)._replace(features=None)
     )

@@ -196,3 +196,88 @@ def test_mistakes_are_told(
     tree = lenet() | changes
     assert run("--config", write(tmp_path, tree), "--out", tmp_path / "out") == 2
     assert words in capsys.readouterr().err
+
+
+def of_arrays(folder: Path, shape: tuple[int, ...], **more: Any) -> dict[str, Any]:
+    """A config of a client of ten images of this shape in a NumPy file."""
+    images = np.random.default_rng(0).integers(0, 256, (10, *shape), np.uint8)
+    np.savez(folder / "test.npz", images=images, labels=np.arange(10) % 3)
+    data = {"format": "arrays", "folder": str(folder)}
+    client = {"images": 1, "distractors": 5, "statistics": "none", "data": data}
+    return lenet(client=client, labels="identity") | more
+
+
+@pytest.mark.parametrize(
+    ("shape", "advice", "flags"),
+    [
+        ((20, 20, 3), "are 20 x 20 px: set size: 20\n", ("--size", "20")),
+        ((20, 12, 1), "are 20 x 12 px: set size: [20, 12]\n", ("--size", "20", "12")),
+    ],
+)
+def test_advice_about_sizes_can_be_followed(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    shape: tuple[int, ...],
+    advice: str,
+    flags: tuple[str, ...],
+) -> None:
+    tree = of_arrays(tmp_path, shape, network={"model": "tiny:network"})
+    how = ("--config", write(tmp_path, tree), "--out", tmp_path / "out")
+    assert run(*how) == 2
+    assert f"images of 16 x 16 px are wanted, the data's {advice}" in capsys.readouterr().err
+    assert run(*how, *flags) == 0
+    picture = Image.open(tmp_path / "out" / "images" / "000_reconstruction.png")
+    assert picture.size == (shape[1], shape[0])
+    size = yaml.safe_load(advice.partition("set ")[2])
+    assert configured(tree | size).secret.images.shape == (1, *shape[:2], 3)
+
+
+def configured(tree: dict[str, Any]) -> Any:
+    return invert_gradients.GradientInversion(invert_gradients.COMMAND.recipe_from(tree))
+
+
+@pytest.mark.parametrize("flags", [(), ("--size", "32"), ("--size", "28")])
+def test_networks_of_a_fixed_size_get_no_such_advice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...]
+) -> None:
+    tree = of_arrays(tmp_path, (32, 32, 1))
+    assert run("--config", write(tmp_path, tree), "--out", tmp_path / "out", *flags) == 2
+    told = capsys.readouterr().err
+    assert "lenet cannot take images of 32 x 32 px (its own size is 28 x 28 px)" in told
+    assert "set size" not in told
+
+
+def test_a_gray_network_sees_the_luma_of_colours(tmp_path: Path) -> None:
+    """Of arrays and of files, also in what reconstructions are compared with."""
+    loaded = configured(of_arrays(tmp_path, (28, 28, 3)))
+    with np.load(tmp_path / "test.npz") as file:
+        everything = file["images"]
+    luma = np.stack([np.asarray(Image.fromarray(one).convert("L")) for one in everything])
+    scorer = loaded.scorer
+    assert scorer is not None
+    truth = np.rint(255 * scorer.truth).astype(int)
+    assert (np.abs(luma[..., None] - truth).max((1, 2, 3)) == 0).sum() == 1
+    assert scorer._candidates().shape == (6, 28, 28, 1)
+    assert scorer(scorer.truth).scores["iip"] == 1
+
+    Image.fromarray(everything[0]).save(tmp_path / "colour.png")
+    client = {"files": [str(tmp_path / "colour.png")], "classes": [1], "statistics": "none"}
+    scorer = configured(lenet(client=client)).scorer
+    np.testing.assert_allclose(255 * scorer.truth[0, ..., 0], luma[0], atol=1e-3)
+
+
+def test_a_colour_network_attacked_in_gray_is_scored_in_gray(tmp_path: Path) -> None:
+    tree = of_arrays(tmp_path, (16, 16, 3), network={"model": "tiny:network"}, gray=True)
+    scorer = configured(tree).scorer
+    assert scorer._candidates().shape == (6, 16, 16, 1)
+    assert scorer(scorer.truth).scores["iip"] == 1
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_other_channels_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], channels: int
+) -> None:
+    tree = of_arrays(tmp_path, (28, 28, channels))
+    assert run("--config", write(tmp_path, tree), "--out", tmp_path / "out") == 2
+    message = f"images of {channels} channels cannot be shown to lenet, which takes 1"
+    assert message in capsys.readouterr().err

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 import weights_convert
 from conftest import CACHE, ROOT
@@ -143,8 +144,39 @@ def test_preprocessing_is_measured_channel_by_channel() -> None:
     np.testing.assert_allclose(found.mean, pixels.mean((0, 1, 2)), atol=5.1e-5)
     np.testing.assert_allclose(found.std, pixels.std((0, 1, 2)), atol=5.1e-5)
     assert found.size == 6
-    with pytest.raises(ValueError, match="std"):
+    with pytest.raises(ValueError, match="std is 0 in a channel, all but one brightness"):
         pretrain.measured(np.full((2, 4, 4, 1), 7, np.uint8), 3)
+    luma = np.stack([np.asarray(Image.fromarray(one).convert("L")) for one in images]) / 255
+    found = pretrain.measured(images, 1)
+    np.testing.assert_allclose([*found.mean, *found.std], [luma.mean(), luma.std()], atol=5.1e-5)
+
+
+def test_images_need_not_be_square(tmp_path: Path) -> None:
+    """The network learns their height and width, and comes back with these."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (40, 8, 12, 3), np.uint8)
+    for split in ("train", "test"):
+        np.savez(tmp_path / f"{split}.npz", images=images, labels=np.arange(40) % 3)
+    tree = {
+        "data": {"format": "arrays", "folder": str(tmp_path)},
+        "training": {"epochs": 1, "batch": 8, "warmup": 1},
+    }
+    assert run("--config", write(tmp_path, tree), "--out", tmp_path / "out") == 0
+    net = models.load_trained(tmp_path / "out")
+    assert net.preprocessing.size == (8, 12)
+    np.testing.assert_allclose(net.preprocessing.mean, images.mean((0, 1, 2)) / 255, atol=5.1e-5)
+    assert net(image.from_bytes(images[:2], net.preprocessing)).logits.shape == (2, 3)
+
+
+def test_weights_do_not_see_distorted_images(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "test"):
+        images = np.random.default_rng(0).integers(0, 256, (40, 8, 12, 1), np.uint8)
+        np.savez(tmp_path / f"{split}.npz", images=images, labels=np.arange(40) % 3)
+    tree = {"weights": str(finished), "data": {"format": "arrays", "folder": str(tmp_path)}}
+    assert run("--config", write(tmp_path, tree), "--out", tmp_path / "out") == 2
+    assert "images of 8 x 12 px would be distorted to the 8 x 8 px" in capsys.readouterr().err
 
 
 def test_a_finished_run_is_not_replaced_silently(

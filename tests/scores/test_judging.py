@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -120,8 +122,22 @@ def test_gray_judge_sees_gray_pixels() -> None:
     net = colour_judge(GRAY)
     found = judging.make_judge(net)(np.full((2, 6, 6, 1), 0.7, np.float32))
     np.testing.assert_array_equal(found.index, [0, 0])
-    with pytest.raises(ValueError, match="3-channel images cannot be shown"):
-        judging.make_judge(net)(np.zeros((2, 6, 6, 3), np.float32))
+
+
+def test_judges_see_colours_as_gray_and_their_own_height_and_width() -> None:
+    """ITU-R 601 luma for one channel; other numbers of channels are named."""
+    one = tiny.network(space=dataclasses.replace(tiny.GRAY, size=(6, 10)), name="one")
+    judge = judging.make_judge(one)
+    colours = np.random.default_rng(0).random((3, 12, 9, 3), np.float32)
+    gray = (colours @ np.array([0.299, 0.587, 0.114], np.float32))[..., None]
+    expected = judge(gray).probabilities
+    np.testing.assert_allclose(judge(colours).probabilities, expected, atol=1e-5)
+    sized = np.asarray(jax.image.resize(gray, (3, 6, 10, 1), "bicubic")).clip(0, 1)
+    logits = one(jnp.asarray((sized - 0.45) / 0.25)).logits
+    np.testing.assert_allclose(expected, softmax(np.asarray(logits)), atol=1e-5)
+    for channels in (2, 4):
+        with pytest.raises(ValueError, match=f"images of {channels} channels"):
+            judge(np.zeros((2, 6, 10, channels), np.float32))
 
 
 def test_top1_is_the_share_of_hits() -> None:
