@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from jinv import checks, files, image
 from jinv.checks import File
@@ -262,20 +262,28 @@ def fashion_mnist(split: Split, folder: str | Path | None = None) -> Dataset:
     return idx(fashion_mnist_folder(folder), split, name="", classes=FASHION_MNIST)
 
 
-def image_files(paths: Sequence[str | Path], size: int) -> np.ndarray:
-    """Picture files as bytes (N, size, size, 3), RGB.
+def image_files(paths: Sequence[str | Path], size: int | Sequence[int]) -> np.ndarray:
+    """Picture files as bytes (N, H, W, 3), RGB.
 
-    "package:skimage/data/chelsea.png" is a file inside an installed package. See
-    `image.centre_crop`; cameras' notes of which side is up (EXIF) are heeded.
+    JPEG, PNG, WebP, BMP, GIF, TIFF and PBM, PGM, PPM are read, whatever a file is called; of
+    several pictures in a file, the first. `image.centre_crop` brings them to the size; cameras'
+    notes of which side is up (EXIF) are heeded. "package:skimage/data/chelsea.png" is a file inside
+    an installed package.
+
+    Args:
+      paths: of the files.
+      size: of the images, one side or height and width.
 
     Raises:
       ValueError: a file is no picture, is damaged, or has more pixels than Pillow's limit.
     """
+    paths = [paths] if isinstance(paths, str | Path) else paths
     if not paths:
         raise ValueError("no picture files were given")
-    pictures = np.empty((len(paths), size, size, 3), np.uint8)
+    space = Preprocessing(image.sides(size))
+    pictures = np.empty((len(paths), space.height, space.width, 3), np.uint8)
     for slot, path in zip(pictures, paths, strict=True):
-        slot[...] = _picture(_located(path), size)
+        slot[...] = _picture(_located(path), space)
     return pictures
 
 
@@ -289,19 +297,30 @@ def _located(path: str | Path) -> Path:
     return Path(spec.submodule_search_locations[0]) / file
 
 
-def _picture(path: Path, size: int) -> np.ndarray:
+def _picture(path: Path, space: Preprocessing) -> np.ndarray:
     try:
-        # Few formats: some of Pillow's other readers start programs.
-        with Image.open(path, formats=tuple(set(_FORMATS.values()))) as picture:
-            if picture.mode.startswith(("I", "F")):
-                raise ValueError(f"its pixels are not bytes ({picture.mode}); save it as 8-bit")
-            upright = ImageOps.exif_transpose(picture)
-            return image.to_bytes(image.centre_crop(upright, Preprocessing(size=size)))
+        with _opened(path) as picture:
+            ImageOps.exif_transpose(picture, in_place=True)  # a copy would forget its format
+            return image.to_bytes(image.centre_crop(picture, space))
+    except UnidentifiedImageError:
+        reason = f"cannot identify it as any of {', '.join(sorted(set(_FORMATS.values())))}"
+        try:
+            empty = not path.stat().st_size
+        except OSError:
+            empty = False
+        raise ValueError(
+            f"cannot read the picture {path}: {'it is empty' if empty else reason}"
+        ) from None
     except Exception as error:  # what damaged files make of Pillow's readers has no common kind
         raise ValueError(f"cannot read the picture {path}: {error}") from None
 
 
-def image_folder(root: str | Path, size: int) -> Dataset:
+def _opened(path: Path) -> Image.Image:
+    # Few formats: some of Pillow's other readers start programs.
+    return Image.open(path, formats=tuple(set(_FORMATS.values())))
+
+
+def image_folder(root: str | Path, size: int | Sequence[int]) -> Dataset:
     """A folder with one subfolder of pictures a class: classes are named and sorted like these.
 
     Pictures are files in the subfolders called .jpg, .png and so on; other files are left alone.
@@ -397,8 +416,8 @@ def tfds(
 ) -> Dataset:
     """A data set that TensorFlow Datasets has prepared on this machine; nothing is downloaded.
 
-    Images are (N, size, size, 3), or 1 channel if all are gray. A data set of equal squares has
-    them resized whole, bicubic; others are cropped as `image.centre_crop` does.
+    Images are (N, H, W, 3), or 1 channel if all are gray; `image.centre_crop` brings them to the
+    size.
 
     Args:
       name: of the builder: "cifar10", "celeb_a", "emnist/letters".
@@ -423,15 +442,17 @@ def tfds(
     shape = features[image_key].shape
     if not isinstance(shape, tuple) or len(shape) != 3 or features[image_key].np_dtype != np.uint8:
         raise ValueError(f"the feature {image_key!r} of {name} is no image of bytes")
-    whole = shape[0] is not None and shape[0] == shape[1]
-    space = Preprocessing(size, (0.5,), (0.5,)) if shape[2] == 1 else Preprocessing(size)
-    images = np.empty((len(source), size, size, space.channels), np.uint8)
+    space = Preprocessing(image.sides(size))
+    space = space.gray() if shape[2] == 1 else space
+    images = np.empty((len(source), space.height, space.width, space.channels), np.uint8)
     values: list[Any] = []
     try:
         names, value_of = _tfds_labels(features[label_key])
         for i in range(len(source)):
             example = source[i]
-            images[i] = _square(example[image_key], space, whole)
+            pixels = example[image_key]
+            picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+            images[i] = image.to_bytes(image.centre_crop(picture, space))
             values.append(value_of(example[label_key]))
         labels = np.asarray(values)
         if names is None:
@@ -482,18 +503,6 @@ def _tfds_labels(feature: Any) -> tuple[tuple[str, ...] | None, Callable[[Any], 
     if getattr(feature, "num_classes", None):
         return tuple(feature.names or map(str, range(feature.num_classes))), int
     return None, lambda found: found.decode() if isinstance(found, bytes) else found
-
-
-def _square(pixels: np.ndarray, space: Preprocessing, whole: bool) -> np.ndarray:
-    """Bytes (H, W, C) as bytes of the size and channels of this space."""
-    if pixels.shape == (space.size, space.size, space.channels):
-        return pixels
-    picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-    if not whole:
-        return image.to_bytes(image.centre_crop(picture, space))
-    picture = picture.convert("L" if space.channels == 1 else "RGB")
-    picture = picture.resize((space.size, space.size), Image.Resampling.BICUBIC)
-    return np.asarray(picture).reshape(space.size, space.size, space.channels)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -287,22 +287,80 @@ def grid(pixels: np.ndarray, columns: int | None = None, gap: int = 2) -> np.nda
 
 
 def centre_crop(picture: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
-    """A photograph as pixels (S, S, C): centre square, bicubic to the network's size.
+    """A picture as pixels (H, W, 3), or (H, W, 1) of luma, of the network's size.
 
-    The square's side is `S / (S + 32)` of the photograph's shorter side, the usual margin of
-    ImageNet evaluation.
+    All readers of pictures bring them to a size here, in one of three ways:
+
+    - A picture of this size stays as it is, bit for bit.
+    - One of these proportions with less than 256 px and less than S + 32 px a side, S the shorter
+      side of the size, is no photograph but a data set's small picture: it is resized whole.
+    - Any other loses what is outside of the largest centred rectangle of these proportions, and of
+      this a margin: `S / (S + 32)` of its sides stay, as is usual in evaluation on ImageNet. Where
+      fewer pixels than S were left, the margin is an eighth at most.
+
+    Resampling is bicubic. 16 bits a pixel become 8; what is transparent lies on white.
+
+    Raises:
+      ValueError: the picture has pixels of an unknown range, or the network takes neither gray
+        images nor RGB.
     """
-    size = preprocessing.size
-    picture = picture.convert("L" if preprocessing.channels == 1 else "RGB")
-    side = int(size / (size + 32) * min(picture.size))
+    if preprocessing.channels not in (1, 3):
+        raise ValueError(
+            f"pictures cannot be shown to a network of {preprocessing.channels} channels: they are "
+            "gray or RGB"
+        )
+    height, width = preprocessing.height, preprocessing.width
+    picture = _plain(picture).convert("L" if preprocessing.channels == 1 else "RGB")
+    if picture.size != (width, height):
+        picture = picture.crop(_centre(picture.size, (width, height)))
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(picture, np.float32).reshape(height, width, -1) / 255
+
+
+def _centre(given: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of what stays of a picture; sizes are (width, height)."""
+    short = min(wanted)
+    scales = [have * short / want for have, want in zip(given, wanted, strict=True)]
+    side = min(scales)  # of the largest rectangle, along the shorter side of what is wanted
+    if scales[0] != scales[1] or side >= max(256, short + 32):
+        side = max(int(short / (short + 32) * side), min(short, int(7 / 8 * side)), 1)
+    kept = [
+        min(have, max(1, round(side * want / short)))
+        for have, want in zip(given, wanted, strict=True)
+    ]
     # An odd pixel goes to the left and top, as in the published evaluation.
-    left, top = (picture.width - side + 1) // 2, (picture.height - side + 1) // 2
-    square = picture.crop((left, top, left + side, top + side))
-    square = square.resize((size, size), Image.Resampling.BICUBIC)
-    return np.asarray(square, np.float32).reshape(size, size, -1) / 255
+    left, top = ((have - keep + 1) // 2 for have, keep in zip(given, kept, strict=True))
+    return left, top, left + kept[0], top + kept[1]
+
+
+def _plain(picture: Image.Image) -> Image.Image:
+    """A picture of 8 bits a channel, laid on white where it is transparent."""
+    if picture.mode.startswith(("I", "F")):
+        return _eight_bits(picture)
+    if not picture.has_transparency_data:
+        return picture
+    if picture.mode == "La":
+        picture = picture.convert("LA")
+    above = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", above.size, "white"), above)
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """A gray picture of 16 bits with 8."""
+    wide = picture.mode == "I" and picture.format in ("PNG", "PPM")  # whose values end at 65535
+    if not (picture.mode.startswith("I;16") or wide):
+        raise ValueError(
+            f"its pixels have neither 8 nor 16 bits (Pillow's mode {picture.mode}), and which "
+            "value is white is unknown: save it as 8-bit"
+        )
+    values = np.asarray(picture).astype(np.int64)
+    transparent = values == picture.info.get("transparency", -1)
+    if getattr(picture, "tag_v2", {}).get(262) == 0:  # TIFF's "white is zero"
+        values = 65535 - values
+    return Image.fromarray(np.where(transparent, 255, (values + 128) // 257).astype(np.uint8))
 
 
 def stack_square(pictures: Sequence[Image.Image], preprocessing: Preprocessing) -> np.ndarray:
-    """Photographs as one normalised batch (B, S, S, C)."""
+    """Pictures as one normalised batch (B, H, W, C), see `centre_crop`."""
     pixels = np.stack([centre_crop(picture, preprocessing) for picture in pictures])
     return pixels * preprocessing.scale.astype(np.float32) + preprocessing.black.astype(np.float32)

@@ -461,18 +461,18 @@ def test_tfds_reads_what_was_prepared(prepared: Path) -> None:
     assert (len(some.load("train", 8)), len(some.load("test", 8))) == (4, 2)
 
 
-def test_tfds_squares_are_resized_whole_and_others_cropped(prepared: Path) -> None:
+def test_tfds_comes_to_size_as_other_pictures(prepared: Path, tmp_path: Path) -> None:
     source = data.Source("tfds", str(prepared), "jinv_faces", image="picture", label="person")
-    found = ordered(source.load("validation", 16))
-    crops = [image.centre_crop(Image.fromarray(p), image.Preprocessing(16)) for p in FACES]
-    expected = np.stack([image.to_bytes(crop) for crop in crops])
-    order = np.argsort(expected.mean((1, 2, 3)), kind="stable")
-    np.testing.assert_array_equal(found.images, expected[order])
-
-    pixels = RNG.integers(0, 256, (10, 10, 3), np.uint8)
-    resized = Image.fromarray(pixels).resize((24, 24), Image.Resampling.BICUBIC)
-    whole = data._square(pixels, image.Preprocessing(24), whole=True)
-    np.testing.assert_array_equal(whole, np.asarray(resized))
+    for i, pixels in enumerate(FACES):
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    files = sorted(tmp_path.iterdir())
+    for size in (16, (16, 12), (40, 30)):
+        found = ordered(source.load("validation", size))
+        expected = data.image_files(files, size)
+        order = np.argsort(expected.mean((1, 2, 3)), kind="stable")
+        np.testing.assert_array_equal(found.images, expected[order])
+    np.testing.assert_array_equal(expected[0], FACES[0])  # of 40 x 30 px already
+    assert source.load("train", (16, 24)).images.shape == (5, 16, 24, 3)
 
 
 def test_tfds_labels_of_every_kind(prepared: Path) -> None:
@@ -549,7 +549,7 @@ def picture(width: int, height: int) -> Image.Image:
 def test_pictures_are_centre_squares(tmp_path: Path) -> None:
     """The square of side int(S / (S + 32) min(w, h)), resized bicubic by Pillow itself."""
     paths = [tmp_path / "wide.png", tmp_path / "tall.png"]
-    sizes = [(90, 60), (50, 80)]
+    sizes = [(90, 60), (70, 80)]
     for path, size in zip(paths, sizes, strict=True):
         picture(*size).save(path)
     found = data.image_files(paths, 24)
@@ -563,6 +563,66 @@ def test_pictures_are_centre_squares(tmp_path: Path) -> None:
         np.testing.assert_array_equal(one, np.asarray(expected))
 
 
+@pytest.mark.parametrize("size", [28, 32, 64, 224, (16, 24)])
+def test_pictures_of_the_size_come_back_bit_for_bit(tmp_path: Path, size: Any) -> None:
+    """In every reader of files; the tests of tfds do the same."""
+    pixels = RNG.integers(0, 256, (*image.sides(size), 3), np.uint8)
+    (tmp_path / "a").mkdir()
+    for suffix in ("png", "bmp", "ppm", "tif"):
+        Image.fromarray(pixels).save(tmp_path / "a" / f"0.{suffix}")
+    for found in (
+        data.image_files(sorted((tmp_path / "a").iterdir()), size),
+        data.image_folder(tmp_path, size).images,
+    ):
+        np.testing.assert_array_equal(found, np.broadcast_to(pixels, (4, *pixels.shape)))
+    found = data.image_files(str(tmp_path / "a" / "0.png"), size)  # one path is a list of one
+    np.testing.assert_array_equal(found[0], pixels)
+
+
+def sixteen_bits(folder: Path, values: np.ndarray) -> dict[str, Path]:
+    """A gray picture of 16 bits in every format that has them, TIFF's white-is-zero among them."""
+    paths = {kind: folder / f"deep_{kind}" for kind in ("png", "tif", "pgm", "zero.tif")}
+    Image.fromarray(values).save(paths["png"], "PNG")
+    Image.fromarray(values.astype(">u2")).save(paths["tif"], "TIFF")
+    Image.fromarray(65535 - values).save(paths["zero.tif"], "TIFF", tiffinfo={262: 0})
+    header = f"P5\n{values.shape[1]} {values.shape[0]}\n65535\n".encode()
+    paths["pgm"].write_bytes(header + values.astype(">u2").tobytes())
+    return paths
+
+
+def test_pictures_of_every_kind(tmp_path: Path) -> None:
+    """Of 8 px, wanted at 8: what is read is known pixel by pixel."""
+    rgb = RNG.integers(0, 256, (8, 8, 3), np.uint8)
+
+    def read(path: Path) -> np.ndarray:
+        return data.image_files([path], 8)[0].astype(int)
+
+    values = RNG.integers(0, 65536, (8, 8)).astype(np.uint16)
+    for path in sixteen_bits(tmp_path, values).values():
+        np.testing.assert_array_equal(read(path)[..., 1], np.rint(values / 257))
+    Image.fromarray(rgb).convert("CMYK").save(tmp_path / "ink.tif")
+    np.testing.assert_array_equal(read(tmp_path / "ink.tif"), rgb)
+    # Adobe's inverted inks, which Pillow writes too; JPEG rounds.
+    Image.fromarray(rgb).convert("CMYK").save(tmp_path / "ink.jpg", quality=100)
+    np.testing.assert_allclose(read(tmp_path / "ink.jpg"), rgb, atol=3)
+    few = Image.fromarray(rgb).quantize(8)
+    few.save(tmp_path / "palette.gif", transparency=5)
+    seen = np.asarray(few.convert("RGB")).copy()
+    seen[np.asarray(few) == 5] = 255
+    np.testing.assert_array_equal(read(tmp_path / "palette.gif"), seen)
+    bits = rgb[..., 0] > 99
+    Image.fromarray(bits).save(tmp_path / "bits.png")
+    np.testing.assert_array_equal(read(tmp_path / "bits.png")[..., 2], 255 * bits)
+    frames = [Image.new("RGB", (8, 8), (value,) * 3) for value in (10, 200)]
+    for kind in ("GIF", "WEBP", "TIFF", "PNG"):
+        how: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {}
+        path = tmp_path / f"moving.{kind}"
+        frames[0].save(path, kind, save_all=True, append_images=frames[1:], **how)
+        assert (read(path) == 10).all()
+    Image.fromarray(rgb).save(tmp_path / "wrong.jpg", "PNG")  # told by content, not by name
+    np.testing.assert_array_equal(read(tmp_path / "wrong.jpg"), rgb)
+
+
 def test_pictures_stand_upright(tmp_path: Path) -> None:
     """EXIF orientation 6: the camera was turned; rotate a quarter clockwise to see it right."""
     turned, upright = tmp_path / "turned.png", tmp_path / "upright.png"
@@ -572,6 +632,12 @@ def test_pictures_stand_upright(tmp_path: Path) -> None:
     picture(90, 60).transpose(Image.Transpose.ROTATE_270).save(upright)
     one, two = data.image_files([turned, upright], 32)
     np.testing.assert_array_equal(one, two)
+    one, two = data.image_files([turned, upright], (90, 60))
+    np.testing.assert_array_equal(one, two)
+    for suffix in ("tif", "webp", "jpg"):
+        picture(90, 60).save(tmp_path / f"turned.{suffix}", exif=exif, quality=100)
+        one = data.image_files([tmp_path / f"turned.{suffix}"], (90, 60))[0]
+        assert np.abs(one.astype(int) - two).mean() < 2
 
 
 def test_bad_pictures_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -586,8 +652,17 @@ def test_bad_pictures_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     whole = (tmp_path / "good.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     refused("cut.png", "")
-    Image.fromarray(np.full((40, 40), 40_000, np.uint16)).save(tmp_path / "deep.png")
-    refused("deep.png", "8-bit")
+    Image.fromarray(np.full((40, 40), 40_000, np.int32)).save(tmp_path / "deep.tif")
+    refused("deep.tif", "save it as 8-bit")
+    Image.fromarray(np.full((40, 40), 0.5, np.float32)).save(tmp_path / "float.tif")
+    refused("float.tif", "save it as 8-bit")
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    refused("empty.jpg", "it is empty")
+    for suffix in ("jpg", "gif", "tif", "webp", "pgm"):
+        Image.fromarray(RNG.integers(0, 256, (64, 64), np.uint8)).save(tmp_path / f"a.{suffix}")
+        whole_file = (tmp_path / f"a.{suffix}").read_bytes()
+        (tmp_path / f"a.{suffix}").write_bytes(whole_file[: len(whole_file) // 2])
+        refused(f"a.{suffix}", "")
     (tmp_path / "program.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n")
     refused("program.eps", "cannot identify")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)

@@ -402,6 +402,104 @@ def test_centre_crop_gray_and_other_modes() -> None:
     np.testing.assert_array_equal(with_alpha, rgb)
 
 
+@pytest.mark.parametrize("size", [1, 28, 32, 224, (16, 24), (24, 16)])
+def test_a_picture_of_the_size_stays_as_it_is(size: Any) -> None:
+    height, width = image.sides(size)
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    found = image.centre_crop(Image.fromarray(pixels), Preprocessing(size))
+    np.testing.assert_array_equal(image.to_bytes(found), pixels)
+    gray = Image.fromarray(pixels[..., 0])
+    found = image.centre_crop(gray, dataclasses.replace(GRAY, size=size))
+    np.testing.assert_array_equal(image.to_bytes(found), pixels[..., :1])
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [
+        (28, 32),
+        (32, 28),
+        (32, 224),
+        (64, 32),
+        (250, 224),
+        ((8, 12), (16, 24)),
+        ((48, 32), (24, 16)),
+    ],
+)
+def test_small_pictures_of_the_proportions_come_whole(given: Any, size: Any) -> None:
+    """Those of data sets, which have no margin to lose: bicubic by Pillow itself."""
+    height, width = image.sides(given)
+    picture = gradient_picture(width, height)
+    expected = picture.resize(image.sides(size)[::-1], Image.Resampling.BICUBIC)
+    found = image.to_bytes(image.centre_crop(picture, Preprocessing(size)))
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("picture", "size", "box"),
+    [
+        ((330, 200), (16, 24), (116, 67, 215, 133)),  # S = 16: a third of 300 x 200
+        ((400, 400), 100, (49, 49, 352, 352)),  # int(100 / 132 * 400) = 303
+        ((40, 30), 32, (7, 2, 33, 28)),  # not 15 px, half of them, but 7 / 8
+        ((50, 80), 24, (13, 28, 37, 52)),  # not 21 px, which were enlarged
+        ((45, 25), 24, (12, 2, 33, 23)),
+    ],
+)
+def test_others_lose_a_margin(
+    picture: tuple[int, int], size: Any, box: tuple[int, int, int, int]
+) -> None:
+    whole = gradient_picture(*picture)
+    sides = image.sides(size)[::-1]
+    expected = whole.crop(box).resize(sides, Image.Resampling.BICUBIC)
+    found = image.to_bytes(image.centre_crop(whole, Preprocessing(size)))
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 96), (96, 1), (1, 1), (2, 500), (3, 1)])
+@pytest.mark.parametrize("size", [1, 32, 224, (16, 24)])
+def test_thin_pictures_keep_their_colour(shape: tuple[int, int], size: Any) -> None:
+    found = image.centre_crop(Image.new("RGB", shape, (200, 50, 0)), Preprocessing(size))
+    assert (image.to_bytes(found) == (200, 50, 0)).all()
+
+
+def test_what_is_transparent_lies_on_white() -> None:
+    rng = np.random.default_rng(0)
+    rgb, gray = (rng.integers(0, 255, shape, np.uint8) for shape in ((9, 9, 3), (9, 9)))
+    clear = rng.random((9, 9)) < 0.5
+    alpha = np.where(clear, 0, 255).astype(np.uint8)
+    space = Preprocessing(9)
+    seen = np.where(clear[..., None], 255, rgb)
+    colour = Image.fromarray(np.dstack([rgb, alpha]))
+    np.testing.assert_array_equal(image.to_bytes(image.centre_crop(colour, space)), seen)
+    half = Image.new("RGBA", (9, 9), (0, 0, 0, 128))
+    np.testing.assert_allclose(image.centre_crop(half, space), 127 / 255, atol=1 / 255)
+
+    la = Image.merge("LA", [Image.fromarray(gray), Image.fromarray(alpha)])
+    seen = np.where(clear, 255, gray)
+    found = image.centre_crop(la, dataclasses.replace(GRAY, size=9))
+    np.testing.assert_array_equal(image.to_bytes(found)[..., 0], seen)
+    marked = Image.fromarray(np.where(clear, 255, gray // 2).astype(np.uint8))
+    marked.info["transparency"] = 255  # as PNG and GIF mark one gray or one colour of a palette
+    for picture in (marked, marked.convert("P")):
+        picture.info["transparency"] = 255
+        found = image.to_bytes(image.centre_crop(picture, space))
+        np.testing.assert_array_equal(found[..., 0], np.where(clear, 255, gray // 2))
+
+
+def test_sixteen_bits_become_eight() -> None:
+    """rint(v / 257): 65535 is 255. Of 32 bits and of floats nobody knows which value is white."""
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    expected = np.rint(values / 257)
+    space = Preprocessing(256)
+    for dtype in ("<u2", ">u2"):
+        found = image.to_bytes(image.centre_crop(Image.fromarray(values.astype(dtype)), space))
+        np.testing.assert_array_equal(found[..., 0], expected)
+    for unknown in (values.astype(np.int32), values.astype(np.float32)):
+        with pytest.raises(ValueError, match=r"which value is white is unknown: save it as 8-bit"):
+            image.centre_crop(Image.fromarray(unknown), space)
+    with pytest.raises(ValueError, match="network of 4 channels"):
+        image.centre_crop(gradient_picture(9, 9), Preprocessing(9, (0.5,) * 4, 0.5))
+
+
 def test_stack_square_is_normalised_crops() -> None:
     pictures = [gradient_picture(300, 200), gradient_picture(60, 90)]
     found = image.stack_square(pictures, LITE)

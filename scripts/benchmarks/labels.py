@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from PIL import Image
 
 from benchmarks import timing
 from benchmarks.gradients import PHOTOGRAPHS, photograph
@@ -55,11 +56,15 @@ CASES = tuple(
 def crops(net: Net, count: int, generator: np.random.Generator) -> Batch:
     """Random squares of photographs; a crop's class is what the network says of it."""
     squares = []
+    size = net.preprocessing.height
     for name in generator.choice(PHOTOGRAPHS, count):
         picture = photograph(name)
         side = int(min(picture.size) * generator.uniform(0.3, 1))
         left, top = (int(generator.integers(length - side + 1)) for length in picture.size)
-        squares.append(picture.crop((left, top, left + side, top + side)))
+        kept = int(size / (size + 32) * side)  # the margin of `image.centre_crop`, small or large
+        left, top = left + (side - kept + 1) // 2, top + (side - kept + 1) // 2
+        square = picture.crop((left, top, left + kept, top + kept))
+        squares.append(square.resize((size, size), Image.Resampling.BICUBIC))
     images = jnp.asarray(image.stack_square(squares, net.preprocessing))
     return images, net(images).logits.argmax(-1).tolist()
 
