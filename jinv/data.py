@@ -66,9 +66,26 @@ _FORMATS = {
     ".bmp": "BMP",
     ".gif": "GIF",
     ".ppm": "PPM",
+    ".pgm": "PPM",
+    ".pbm": "PPM",
+    ".pnm": "PPM",
     ".tif": "TIFF",
     ".tiff": "TIFF",
+    ".jfif": "JPEG",
+    ".jpe": "JPEG",
+    ".apng": "PNG",
 }
+_UNREAD = frozenset(
+    (
+        *(".avif", ".heic", ".heif", ".hif", ".jp2", ".j2k", ".jxl", ".jpx", ".mpo"),
+        *(".tga", ".dib", ".ico", ".icns", ".pcx", ".pfm", ".pam", ".sgi", ".xbm", ".xpm"),
+        *(".svg", ".svgz", ".eps", ".psd", ".xcf", ".exr", ".hdr", ".dds", ".dcm", ".fits"),
+        *(".dng", ".arw", ".cr2", ".cr3", ".nef", ".orf", ".raf", ".raw", ".rw2"),
+    )
+)
+"""Suffixes of pictures that nobody here reads."""
+_LEFTOVERS = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir"))
+"""What systems leave in folders, in small letters."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,28 +340,94 @@ def _opened(path: Path) -> Image.Image:
 def image_folder(root: str | Path, size: int | Sequence[int]) -> Dataset:
     """A folder with one subfolder of pictures a class: classes are named and sorted like these.
 
-    Pictures are files in the subfolders called .jpg, .png and so on; other files are left alone.
+    Pictures are files in the subfolders called .jpg, .png and so on, in small letters or capitals,
+    see `image_files`. Hidden files and folders (`._a.png`) and what systems leave behind
+    (`Thumbs.db`, `__MACOSX`) are left alone, and so is what is no picture.
 
     Raises:
-      ValueError: there are no subfolders, one holds no picture, or a picture cannot be read.
+      ValueError: there are no subfolders, one holds no picture, or a picture cannot be read, or
+        would not be: it lies beside the classes' folders or below them, or has another format or
+        suffix.
     """
-    try:
-        folders = sorted(path for path in Path(root).iterdir() if path.is_dir())
-    except OSError as error:
-        raise ValueError(f"cannot read the folder {root}: {error.strerror}") from None
-    folders = [folder for folder in folders if not folder.name.startswith(".")]
+    root = files.path(root)
+    entries = _entries(root)
+    folders = [path for path in entries if path.is_dir()]
     if not folders:
-        raise ValueError(f"{root} holds no subfolders: one with pictures for every class is needed")
+        hidden = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name.startswith("."))
+        told = f", but for {', '.join(hidden)}: hidden ones are left alone" if hidden else ""
+        raise ValueError(
+            f"{root} holds no subfolders{told}: one with pictures for every class is needed"
+        )
+    if stray := _pictures(entries):
+        raise ValueError(
+            f"{stray[0]} belongs to no class: it lies beside the folders of the classes, "
+            f"{_some([folder.name for folder in folders])}; move it into one, or away"
+        )
     paths: list[Path] = []
     labels: list[int] = []
     for label, folder in enumerate(folders):
-        files = sorted(path for path in folder.iterdir() if path.suffix.lower() in _FORMATS)
-        if not files:
-            raise ValueError(f"{folder} holds no pictures ({', '.join(_FORMATS)})")
-        paths += files
-        labels += [label] * len(files)
+        inside = _entries(folder)
+        if nested := [path for path in inside if path.is_dir() and _entries(path)]:
+            raise ValueError(
+                f"{nested[0]} is a folder inside of the class {folder.name}: pictures are wanted "
+                f"as {folder / 'PICTURE'}; move its own up, or name the folder that holds the "
+                "classes' folders"
+            )
+        found = _pictures(inside)
+        if not found:
+            raise ValueError(
+                f"{folder} holds no pictures ({', '.join(_FORMATS)}): every folder in {root} is "
+                "one of a class; remove it if it is none"
+            )
+        paths += found
+        labels += [label] * len(found)
     names = tuple(folder.name for folder in folders)
     return Dataset(image_files(paths, size), np.asarray(labels, np.int32), names)
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What a folder holds, sorted, without what is hidden or left behind by systems."""
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise ValueError(f"cannot read the folder {folder}: {error.strerror}") from None
+    return [p for p in entries if not p.name.startswith(".") and p.name.lower() not in _LEFTOVERS]
+
+
+def _pictures(entries: Sequence[Path]) -> list[Path]:
+    """Which of these are pictures; ValueError names one that would be left out."""
+    found = []
+    for path in entries:
+        suffix = path.suffix.lower()
+        if path.is_dir():
+            continue
+        if suffix in _FORMATS:
+            found.append(path)
+        elif suffix in _UNREAD:
+            raise ValueError(
+                f"{path} is of a format that is not read ({', '.join(_FORMATS)} are): save it as "
+                "one of these, or move it away"
+            )
+        elif _is_picture(path):
+            raise ValueError(
+                f"{path} is a picture, but is not called one: give it one of the suffixes "
+                f"{', '.join(_FORMATS)}, or move it away"
+            )
+    return found
+
+
+def _is_picture(path: Path) -> bool:
+    """Whether a file's beginning is that of a picture, whatever it is called."""
+    try:
+        _opened(path).close()
+    except Exception:  # as of `_picture`
+        return False
+    return True
+
+
+def _some(names: Sequence[str]) -> str:
+    """Names for a message, the first few of many."""
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
 
 
 def arrays(file: str | Path) -> Dataset:
@@ -573,7 +656,15 @@ class Source:
             keys = {"image_key": self.image, "label_key": self.label}
             return tfds(self.name or "", called, size, folder=self.folder, **keys)
         if self.format == "images":
-            return image_folder(Path(self.folder or "") / called, size)
+            root = files.path(self.folder or "")
+            if root.is_dir() and not (root / called).is_dir():
+                there = _some([path.name for path in _entries(root) if path.is_dir()])
+                raise ValueError(
+                    f"{root} holds no folder {called} with the classes' folders in it, but "
+                    f"{there or 'no folder at all'}; `splits: {{{split}: NAME}}` in the config "
+                    "says what it is called"
+                )
+            return image_folder(root / called, size)
         if self.format == "arrays":
             return arrays(files.path(self.folder or "") / f"{called}.npz")
         if self.format == "idx":

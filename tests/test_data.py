@@ -684,13 +684,100 @@ def test_a_folder_of_classes(tmp_path: Path) -> None:
     paths = [tmp_path / "cat/0.JPG", tmp_path / "dog/0.JPG", tmp_path / "dog/1.JPG"]
     np.testing.assert_array_equal(found.images, data.image_files(paths, 16))
 
-    (tmp_path / "bird").mkdir()
-    with pytest.raises(ValueError, match=r"bird holds no pictures"):
-        data.image_folder(tmp_path, 16)
-    with pytest.raises(ValueError, match="no subfolders"):
-        data.image_folder(tmp_path / "dog", 16)
     with pytest.raises(ValueError, match="gone"):
         data.image_folder(tmp_path / "gone", 16)
+
+
+def classes_of(folder: Path, *names: str) -> Path:
+    """A folder of classes with a picture in each."""
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        Image.new("L", (16, 16), 70).save(folder / name / "0.png")
+    return folder
+
+
+def test_what_systems_leave_in_folders_is_left_alone(tmp_path: Path) -> None:
+    classes_of(tmp_path, "a", "b", ".ipynb_checkpoints")
+    (tmp_path / "__MACOSX" / "a").mkdir(parents=True)
+    for name in ("._0.png", ".DS_Store", "Thumbs.db", "desktop.ini", "labels.csv", ".hidden.jpg"):
+        (tmp_path / "a" / name).write_bytes(b"\0\5\x16\7")
+        (tmp_path / name).write_bytes(b"\0\5\x16\7")
+    (tmp_path / "a" / "@eaDir").mkdir()
+    (tmp_path / "a" / "empty").mkdir()
+    found = data.image_folder(tmp_path, 16)
+    assert found.classes == ("a", "b")
+    assert found.images.shape == (2, 16, 16, 3)
+
+
+@pytest.mark.parametrize("name", ["1.pgm", "1.PNM", "1.TIF", "1.JPEG", "1.pbm", "1.jfif", "1.apng"])
+def test_pictures_of_every_suffix_are_read(tmp_path: Path, name: str) -> None:
+    classes_of(tmp_path, "a", "b")
+    kind = data._FORMATS[Path(name).suffix.lower()]
+    Image.new("1" if name.endswith("pbm") else "L", (16, 16), 255).save(tmp_path / "a" / name, kind)
+    found = data.image_folder(tmp_path, 16)
+    np.testing.assert_array_equal(found.labels, [0, 0, 1])
+    assert (found.images[1] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a/1.heic", r"a/1\.heic is of a format that is not read"),
+        ("a/1.AVIF", r"a/1\.AVIF is of a format that is not read"),
+        ("b/1.svg", r"b/1\.svg is of a format that is not read"),
+        ("a/scan", r"a/scan is a picture, but is not called one"),
+        ("a/0.png.bak", r"0\.png\.bak is a picture, but is not called one"),
+        ("top.png", r"top\.png belongs to no class.* a, b; move it"),
+        ("a/deeper/1.png", r"a/deeper is a folder inside of the class a: pictures are wanted as"),
+        ("c/readme.txt", r"c holds no pictures \(\.jpg.*one of a class; remove it"),
+        ("a/text.png", r"cannot read the picture .*text\.png: cannot identify it as any of BMP"),
+    ],
+)
+def test_pictures_are_read_or_named(tmp_path: Path, name: str, message: str) -> None:
+    classes_of(tmp_path, "a", "b")
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = not name.endswith(("txt", "text.png", "svg", "heic"))
+    path.write_bytes((tmp_path / "a" / "0.png").read_bytes() if kept else b"text")
+    with pytest.raises(ValueError, match=message):
+        data.image_folder(tmp_path, 16)
+
+
+def test_a_folder_without_classes(tmp_path: Path) -> None:
+    classes_of(tmp_path, ".net")
+    with pytest.raises(ValueError, match=r"no subfolders, but for \.net: hidden ones"):
+        data.image_folder(tmp_path, 16)
+    with pytest.raises(ValueError, match="holds no subfolders: one with pictures"):
+        data.image_folder(tmp_path / ".net", 16)
+    classes_of(tmp_path, "val/a", "train/a")
+    with pytest.raises(
+        ValueError, match=r"no folder test .* but train, val; `splits: {test: NAME}"
+    ):
+        data.Source("images", str(tmp_path)).load("test", 16)
+    source = data.Source("images", str(tmp_path), splits={"test": "val"})
+    assert source.load("test", 16).classes == ("a",)
+
+
+def test_paths_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    classes_of(tmp_path / "pictures", "test/a", "train/a")
+    assert data.image_files(["~/pictures/test/a/0.png"], 16).shape == (1, 16, 16, 3)
+    assert len(data.image_folder("~/pictures/test", 16)) == 1
+    assert len(data.Source("images", "~/pictures").load("test", 16)) == 1
+    np.savez(tmp_path / "test.npz", images=COLOUR, labels=LABELS)
+    assert len(data.arrays("~/test.npz")) == 5
+    assert len(data.Source("arrays", "~").load("test", 16)) == 5
+    write(tmp_path)
+    assert len(data.idx("~", "train")) == 5
+    assert data.fashion_mnist_folder("~") == tmp_path
+    monkeypatch.setenv(data.ENVIRONMENT, "~")
+    assert data.fashion_mnist_folder() == tmp_path
+    (tmp_path / "names.txt").write_text("a\nb\n")
+    assert data.class_names(2, "~/names.txt") == ["a", "b"]
+    with pytest.raises(ValueError, match=rf"{tmp_path}/gone\.png: .*No such file"):
+        data.image_files(["~/gone.png"], 16)
+    with pytest.raises(ValueError, match="~nobody_of_this_name"):
+        data.image_files(["~nobody_of_this_name/a.png"], 16)
 
 
 def test_sources(tmp_path: Path) -> None:
