@@ -105,7 +105,10 @@ class Dataset:
     def __post_init__(self) -> None:
         if self.images.dtype != np.uint8 or self.images.ndim != 4 or not self.images.size:
             found = f"{self.images.dtype} {self.images.shape}"
-            raise ValueError(f"images must be bytes (N, H, W, C), not {found}")
+            advice = _advice("images", self.images.dtype)
+            raise ValueError(f"images must be bytes (N, H, W, C), not {found}{advice}")
+        if not all(name.isprintable() for name in self.classes):
+            raise ValueError("names of classes must be printable")
         if self.labels.shape[:1] != self.images.shape[:1] or self.labels.ndim > 2:
             raise ValueError(f"{len(self.images)} images, but labels {self.labels.shape}")
         if self.labels.ndim == 2:
@@ -434,33 +437,95 @@ def arrays(file: str | Path) -> Dataset:
     """The data set in a NumPy file, as `np.savez` or `np.savez_compressed` write them.
 
     It holds `images`, bytes (N, H, W, C), or (N, H, W) if gray; `labels`, integers (N,), or 0 and 1
-    (N, K) for attributes; and perhaps `classes`, their names, which else are numbers.
+    (N, K) for attributes; and perhaps `classes`, their names, which else are numbers. Others, such
+    as floats or one-hot labels, are refused, not guessed at.
 
     Raises:
-      ValueError: the file is missing, damaged or does not hold these. Objects are never unpickled.
+      ValueError: the file is missing, damaged or does not hold these; says how to save what is
+        easily told. Objects are never unpickled.
     """
     try:
         with zipfile.ZipFile(files.path(file)) as archive:
             labels = _npy(archive, "labels", "iub", (1, 2))
+            names = None
             if "classes.npy" in archive.namelist():
                 names = tuple(map(str, _npy(archive, "classes", "U", (1,))))
-            else:
+            _check_attributes(labels, names)
+            if names is None:
                 names = _numbers(labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1)
-            if not all(name.isprintable() for name in names):
-                raise ValueError("names of classes must be printable")
             narrow = labels.astype(np.int32)
             if not np.array_equal(narrow, labels):
                 raise ValueError(f"labels {labels.min()} to {labels.max()} number no classes")
             images = _npy(archive, "images", "u", (3, 4))
+            _check_axes(images, len(labels))
         return Dataset(images[..., None] if images.ndim == 3 else images, narrow, names)
     except Exception as error:  # what damaged files make of zipfile's reader has no common kind
         raise ValueError(f"{file} holds no data set: {error}") from None
 
 
+def _check_attributes(labels: np.ndarray, names: Sequence[str] | None) -> None:
+    """ValueError if labels (N, K) are classes, as a column or one-hot, rather than attributes."""
+    if labels.ndim != 2:
+        return
+    count = labels.shape[1]
+    if count == 1 and (names is None or len(names) != 1):
+        raise ValueError(
+            f"labels {labels.shape} are a column: save labels[:, 0], or the name of the one "
+            "attribute as classes"
+        )
+    # Two attributes with names may well exclude each other.
+    suspect = count > 2 or (count == 2 and names is None)
+    if suspect and np.isin(labels, (0, 1)).all() and (labels.sum(1) == 1).all():
+        raise ValueError(
+            f"labels {labels.shape} look like one-hot classes, as every image has exactly one: "
+            "save labels.argmax(1)"
+        )
+
+
+def _check_axes(images: np.ndarray, count: int) -> None:
+    """ValueError if the axes of images seem to be in another order than (N, H, W, C)."""
+    found = f"images {images.dtype} {images.shape}"
+    if images.ndim == 4 and images.shape[1] <= 4 < images.shape[3]:
+        raise ValueError(
+            f"{found} look as if channels came first: save images.transpose(0, 2, 3, 1)"
+        )
+    if len(images) != count == images.shape[-1]:
+        order = (images.ndim - 1, *range(images.ndim - 1))
+        raise ValueError(
+            f"{found} for {count} labels look as if images were counted last: save "
+            f"images.transpose{order}"
+        )
+
+
+_SAVE = {
+    ("images", "f"): "numbers from 0 to 1 are saved by np.uint8(np.rint(255 * images))",
+    ("images", "iu"): "if they are from 0 to 255, save images.astype(np.uint8)",
+    ("images", "b"): "save np.uint8(255 * images)",
+    ("images", "O"): "bring them to one size and save np.stack(images)",
+    ("labels", "f"): "save labels.astype(np.int64)",
+    ("labels", "US"): "save numbers from 0 on, and the names as classes",
+    ("labels", "O"): "save np.array(labels.tolist()) if it is one of integers",
+    ("classes", "S"): "save np.char.decode(classes, 'utf-8')",
+    ("classes", "O"): "save np.array([str(name) for name in classes])",
+    ("classes", "iufb"): "save classes.astype(str)",
+}
+"""(array, kinds of `dtype.kind`) -> how to save it; other types are never guessed."""
+
+
+def _advice(name: str, dtype: np.dtype, shape: tuple[int, ...] = ()) -> str:
+    """How to save an array of another type or shape, at the end of a message."""
+    if dtype == np.uint8 and name == "images":
+        flat = len(shape) == 2
+        return ": save images.reshape(N, H, W), or (N, H, W, 3) of colours" if flat else ""
+    told = [advice for (of, kinds), advice in _SAVE.items() if of == name and dtype.kind in kinds]
+    return f": {told[0]}" if told else ""
+
+
 def _npy(archive: zipfile.ZipFile, name: str, kinds: str, ranks: Sequence[int]) -> np.ndarray:
     """An array of one of these kinds (`np.dtype.kind`) and ranks, in C order."""
     if f"{name}.npy" not in archive.namelist():
-        raise ValueError(f"it holds no array called {name}")
+        there = [found.removesuffix(".npy") for found in archive.namelist()]
+        raise ValueError(f"it holds no array called {name}, but {_some(there) or 'nothing'}")
     member = archive.getinfo(f"{name}.npy")
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{name} is compressed as NumPy does not")
@@ -470,7 +535,7 @@ def _npy(archive: zipfile.ZipFile, name: str, kinds: str, ranks: Sequence[int]) 
             raise ValueError(f"{name} is of no version that NumPy writes for plain arrays")
         shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
         if dtype.kind not in kinds or not dtype.itemsize or len(shape) not in ranks:
-            raise ValueError(f"{name} cannot be {dtype} {shape}")
+            raise ValueError(f"{name} cannot be {dtype} {shape}{_advice(name, dtype, shape)}")
         count = math.prod(shape) * dtype.itemsize
         held = Path(str(archive.filename)).stat().st_size
         held *= _DEFLATE if member.compress_type == zipfile.ZIP_DEFLATED else 1

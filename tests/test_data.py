@@ -264,6 +264,10 @@ def test_arrays_of_attributes_and_without_names(tmp_path: Path) -> None:
     found = data.arrays(path)
     np.testing.assert_array_equal(found.labels, flags)
     assert (found.labels.dtype, found.classes) == (np.int32, ("0", "1", "2"))
+    np.savez(path, images=COLOUR, labels=flags[:, :1], classes=["hat"])
+    assert data.arrays(path).has_attributes
+    np.savez(path, images=COLOUR, labels=np.eye(2, dtype=int)[LABELS % 2], classes=["on", "off"])
+    assert data.arrays(path).has_attributes
     np.savez(path, images=COLOUR, labels=LABELS)
     assert data.arrays(path).classes == ("0", "1", "2")
 
@@ -283,9 +287,39 @@ def npy_header(descr: str, shape: Any, version: tuple[int, int] = (1, 0)) -> byt
 HOSTILE_ARRAYS: dict[str, tuple[dict[str, bytes], str]] = {
     "no images": ({"images": b""}, "no array called images"),
     "objects": ({"labels": npy(np.array([{}] * 5))}, "labels cannot be object"),
-    "floats": ({"images": npy(COLOUR / 255)}, "images cannot be float64"),
-    "wide": ({"images": npy(COLOUR.astype(np.uint16))}, "must be bytes"),
-    "rank": ({"images": npy(COLOUR[0, 0])}, r"images cannot be uint8 \(3, 3\)"),
+    "other names": ({"images": b"", "x": npy(COLOUR)}, "no array called images, but labels, x"),
+    "floats": (
+        {"images": npy(COLOUR / 255)},
+        r"images cannot be float64 .*numbers from 0 to 1 .*np\.rint\(255",
+    ),
+    "wide": ({"images": npy(COLOUR.astype(np.uint16))}, r"must be bytes.*astype\(np\.uint8\)"),
+    "integers": ({"images": npy(COLOUR.astype(int))}, r"cannot be int64.*astype\(np\.uint8\)"),
+    "bits": ({"images": npy(COLOUR > 9)}, r"cannot be bool.*np\.uint8\(255 \* images\)"),
+    "rank": (
+        {"images": npy(COLOUR[0, 0])},
+        r"images cannot be uint8 \(3, 3\): save images\.reshape",
+    ),
+    "of many sizes": ({"images": npy(np.array([{}] * 5))}, r"object .*np\.stack\(images\)"),
+    "channels first": (
+        {"images": npy(np.zeros((5, 3, 16, 24), np.uint8))},
+        r"\(5, 3, 16, 24\) look as if channels came first.*transpose\(0, 2, 3, 1\)",
+    ),
+    "gray channels first": ({"images": npy(np.zeros((5, 1, 9, 9), np.uint8))}, "channels came"),
+    "counted last": (
+        {"images": npy(np.zeros((9, 8, 3, 5), np.uint8))},
+        r"images were counted last: save images\.transpose\(3, 0, 1, 2\)",
+    ),
+    "one-hot labels": ({"labels": npy(np.eye(3, dtype=int)[LABELS])}, r"labels\.argmax\(1\)"),
+    "two one-hot": ({"labels": npy(np.eye(2, dtype=int)[LABELS % 2])}, r"labels\.argmax\(1\)"),
+    "one-hot truths": ({"labels": npy(np.eye(3)[LABELS] > 0)}, r"labels\.argmax\(1\)"),
+    "labels in a column": ({"labels": npy(LABELS[:, None])}, r"save labels\[:, 0\]"),
+    "binary labels in a column": ({"labels": npy(LABELS[:, None] % 2)}, r"save labels\[:, 0\]"),
+    "labels of floats": ({"labels": npy(LABELS / 1)}, r"float64 .*labels\.astype\(np\.int64\)"),
+    "labels of text": ({"labels": npy(LABELS.astype(str))}, "save numbers from 0 on"),
+    "names of objects": (
+        {"classes": npy(np.array(["a", "b", "c"], object))},
+        r"classes cannot be object .*np\.array\(\[str\(name\)",
+    ),
     "cut": ({"images": npy(COLOUR)[:-1]}, "ends before the images"),
     "long": ({"images": npy(COLOUR) + b"0"}, "goes on after the images"),
     "the moon": ({"images": npy_header("|u1", (2**20,) * 4)}, "promises"),
@@ -295,7 +329,7 @@ HOSTILE_ARRAYS: dict[str, tuple[dict[str, bytes], str]] = {
     "no header": ({"images": b"rubbish"}, "magic|EOF"),
     "code": ({"images": npy_header("|u1", "__import__('os')")}, "images|shape"),
     "names of no length": ({"classes": npy_header("<U0", (2**40,))}, "classes cannot be"),
-    "names of bytes": ({"classes": npy(np.array([b"a", b"b", b"c"]))}, "classes cannot be"),
+    "names of bytes": ({"classes": npy(np.array([b"a", b"b", b"c"]))}, r"np\.char\.decode\(c"),
     "names with lines": ({"classes": npy(np.array(["a", "b\nc", "d"]))}, "printable"),
     "too few names": ({"classes": npy(np.array(["a", "b"]))}, "0 to 2 for 2 classes"),
     "label of billions": ({"labels": npy(np.full(5, 2**31 - 1))}, "2147483647 need names"),
