@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, NamedTuple
 from collections.abc import Sequence
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
