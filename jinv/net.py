@@ -8,29 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen, nnx
+from flax.core import meta
 from jax import Array
-from jax.extend.core import get_opaque_trace_state
 
+from jinv import calls
+from jinv.calls import NetworkError
 from jinv.image import Preprocessing, sides
+from jinv.watch import Moments as Moments
+from jinv.watch import Path, Record, Variables, dotted, draws, hand_out, intercept, switch, watch
+from jinv.watch import batch_moments as batch_moments
 
-Variables = Mapping[Any, Any]
 Parameters = Mapping[Any, Any]
 """A network's variables without BatchNorm statistics and counters: what training changes."""
-Path = tuple[Any, ...]
-
-
-class Moments(NamedTuple):
-    """Mean and biased variance per channel (C,), float32 or wider."""
-
-    mean: Array
-    var: Array
 
 
 class Outputs(NamedTuple):
@@ -38,8 +34,10 @@ class Outputs(NamedTuple):
 
     Attributes:
       logits: (B, classes), float32 or wider.
-      features: (B, D) input of the last linear layer called, None if there is none.
-      moments: of the *input* of every BatchNorm layer, in forward order, over batch and space.
+      features: (B, D) input of the linear layer whose output the logits are; where there is no
+        such layer, of the last one called; None without one.
+      moments: of the *input* of every BatchNorm layer, in forward order, over all axes but the
+        layer's own; where the network gives the layer a mask, over what the mask leaves.
     """
 
     logits: Array
@@ -66,18 +64,29 @@ class Net:
         training; dropout stays off. None if that is not known.
       counts: shape of images -> n of every BatchNorm layer in forward order: how many values of a
         channel its moments are of, images times pixels. Nothing is computed for it.
-      head: path in `variables` of the last linear layer called, None if there is none.
+      head: path in `variables` of the linear layer whose input the features are, None if there is
+        none.
+      trained: paths in `variables` of what training changes, or beginnings of such paths; None for
+        all floating-point numbers but the statistics.
     """
 
     name: str
-    apply: Callable[[Variables, Array], Outputs]
-    variables: Variables
+    apply: Callable[[Variables, Array], Outputs] = dataclasses.field(repr=False)
+    variables: Variables = dataclasses.field(repr=False)
     preprocessing: Preprocessing
     classes: int
     statistics: tuple[tuple[Path, Path], ...]
-    train_apply: Callable[[Variables, Array], Outputs] | None = None
-    counts: Callable[[tuple[int, ...]], tuple[int, ...]] | None = None
+    train_apply: Callable[[Variables, Array], Outputs] | None = dataclasses.field(
+        default=None, repr=False
+    )
+    counts: Callable[[tuple[int, ...]], tuple[int, ...]] | None = dataclasses.field(
+        default=None, repr=False
+    )
     head: Path | None = None
+    trained: frozenset[Path] | None = None
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
 
     def running_moments(self, variables: Variables | None = None) -> tuple[Moments, ...]:
         """Running mean and variance of every BatchNorm layer, in forward order."""
@@ -90,7 +99,8 @@ class Net:
             return self.apply
         if self.train_apply is None:
             raise ValueError(
-                f"{self.name} has no training mode: give Net.from_linen its `training` arguments"
+                f"{self.name} has no training mode: leave the argument that switches it, such as "
+                "train=False, to jinv, or give Net.from_linen training={'train': True} or the like"
             )
         return self.train_apply
 
@@ -99,7 +109,7 @@ class Net:
 
         Networks that share `apply`, such as copies with other variables, share the programs.
         """
-        return self._compiled(self.variables, images)
+        return self._compiled(self.variables, jnp.asarray(images))
 
     @functools.cached_property
     def _compiled(self) -> Callable[[Variables, Array], Outputs]:
@@ -111,38 +121,71 @@ class Net:
         preprocessing: Preprocessing,
         *,
         name: str | None = None,
-        **call: Any,
+        output: calls.Output | None = None,
+        training: Any = None,
+        call: Mapping[str, Any] | None = None,
+        **arguments: Any,
     ) -> Net:
-        """A Flax NNX network as a `Net`.
+        """Return a Flax NNX network as a `Net`.
 
-        `model(images, **call)` must return logits (B, classes). Its BatchNorm layers (Flax's, or
-        any module with `running_mean` and `running_var`) are found wherever they are.
+        Its BatchNorm layers (Flax's, or any module with `running_mean` and `running_var`) are found
+        wherever they are. The channels of a layer of your own are its last axis, or those that its
+        attribute `axis` or `channel_axis` names.
 
         Args:
-          model: network; put into inference mode (`model.eval()`) on a copy.
+          model: network; put into inference mode (`model.eval()`, and switches like
+            `self.training`) on a copy.
           preprocessing: its input size and normalisation.
           name: defaults to the class's name.
-          **call: further keyword arguments of the call.
+          output: where the logits (B, classes) are in what `model(images)` returns: a key, a number
+            or a path of them; `()` for the whole, which may then be a single attribute (B, 1).
+          training: the arguments that differ in training mode, such as `{"train": True}`. Any other
+            value is the call's own argument of this name.
+          call: arguments of the call whose names are taken here.
+          **arguments: all others. Arguments like `train` and `deterministic` (`calls.INFERENCE`)
+            are found; one that you give is the same in both modes.
+
+        Raises:
+          ValueError: what cannot be attacked; it says why.
         """
+        if not isinstance(model, nnx.Module):
+            raise NetworkError(f"Net.from_nnx takes an nnx.Module, not {_kind(model)}")
+        name = name or type(model).__name__
+        given, differs = _split(training, call, arguments)
+        found = calls.arguments(name, "Net.from_nnx", model, given, differs)
         model = nnx.clone(model)
-        _watch(model)
+        nnx.pop(model, nnx.Intermediate)
+        watch(model)
         model.eval()
+        switch(model, training=False)
         # Random keys (dropout's) play no part in inference: no variables that attacks could see.
         graphdef, rngs, state = nnx.split(model, nnx.RngState, ...)  # type: ignore[misc]
-        model.set_attributes(use_running_average=False, raise_if_not_found=False)
+        learned = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        switch(model, training=True)
         train_graphdef = nnx.graphdef(model)
 
-        def forward(graphdef: Any, variables: Variables, images: Array, record: _Record) -> Array:
+        def forward(
+            graphdef: Any, call: Mapping, variables: Variables, images: Array, record: Record
+        ) -> Any:
             fresh = nnx.merge(graphdef, rngs, variables)
-            _hand_out(record, fresh)
-            return fresh(images, **call)
+            hand_out(record, fresh)
+            before = draws(fresh) if rngs else []
+            own = {k: nnx.clone(v) if isinstance(v, nnx.Rngs) else v for k, v in call.items()}
+            result = fresh(images, **own)
+            if rngs and any(a is not b for a, b in zip(before, draws(fresh), strict=True)):
+                raise NetworkError(
+                    f"{name} draws random numbers {record.mode}, which attacks cannot follow: "
+                    "switch them off there (nnx.Dropout is off by itself)"
+                )
+            return result
 
         return _build(
-            name or type(model).__name__,
-            functools.partial(forward, graphdef),
-            functools.partial(forward, train_graphdef),
+            _Wrapped(name, "Net.from_nnx", output, found.fixed),
+            functools.partial(forward, graphdef, found.inference),
+            functools.partial(forward, train_graphdef, found.training),
             nnx.to_pure_dict(state),
             preprocessing,
+            frozenset(path for path, _ in _leaves(learned)),
         )
 
     @staticmethod
@@ -152,226 +195,214 @@ class Net:
         preprocessing: Preprocessing,
         *,
         name: str | None = None,
-        training: Mapping[str, Any] | None = None,
-        **call: Any,
+        output: calls.Output | None = None,
+        training: Any = None,
+        call: Mapping[str, Any] | None = None,
+        **arguments: Any,
     ) -> Net:
         """Return a Flax Linen network as a `Net`.
 
         Args:
-          module: network; `module.apply(variables, images, **call)` must return logits
-            (B, classes) in inference mode.
-          variables: its collections: `params`, `batch_stats`.
+          module: network. A switch that is its field (`train: bool`) is set for either mode.
+          variables: its collections, `params` and `batch_stats` and others; or its `params` alone.
           preprocessing: its input size and normalisation.
           name: defaults to the class's name.
+          output: where the logits (B, classes) are in what the call returns: a key, a number or a
+            path of them; `()` for the whole, which may then be a single attribute (B, 1).
           training: the arguments that differ where BatchNorm layers use the batch's moments, such
-            as `{"train": True}`; only attacks on gradients of networks in training mode need it.
-          **call: what the module needs for inference mode, such as `train=False`.
+            as `{"train": True}`. Any other value is the call's own argument of this name.
+          call: arguments of the call whose names are taken here.
+          **arguments: all others. Arguments like `train` and `deterministic` (`calls.INFERENCE`)
+            are found; one that you give is the same in both modes.
+
+        Raises:
+          ValueError: what cannot be attacked; it says why.
         """
+        if not isinstance(module, linen.Module):
+            raise NetworkError(f"Net.from_linen takes a linen.Module, not {_kind(module)}")
+        if not isinstance(variables, Mapping):
+            raise NetworkError(
+                "Net.from_linen takes variables as module.init returns them, such as "
+                f'{{"params": ..., "batch_stats": ...}}, not {_kind(variables)}'
+            )
+        name = name or type(module).__name__
+        given, differs = _split(training, call, arguments)
+        found = calls.arguments(name, "Net.from_linen", module, given, differs)
+        inference = _with_fields(module, found.inference_fields)
+        shape = (1, preprocessing.height, preprocessing.width, preprocessing.channels)
+        tree = _collections(inference, found.inference, plain(variables), shape)
 
         def forward(
-            call: Mapping[str, Any], variables: Variables, images: Array, record: _Record
-        ) -> Array:
-            def watch(method: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-                target = context.module
-                if context.method_name == "__call__":
-                    if isinstance(target, linen.BatchNorm):
-                        root = ("batch_stats", *target.path)
-                        inputs = _inputs(target, args, kwargs)
-                        record.batch_norm((*root, "mean"), (*root, "var"), inputs)
-                    elif isinstance(target, linen.Dense):
-                        record.linear(("params", *target.path), _inputs(target, args, kwargs))
-                return method(*args, **kwargs)
+            module: linen.Module,
+            call: Mapping,
+            variables: Variables,
+            images: Array,
+            record: Record,
+        ) -> Any:
+            # New running statistics and the like are of no interest.
+            changing = [key for key in variables if key != "params"]
+            with linen.intercept_methods(functools.partial(intercept, record, variables)):
+                returned: Any = module.apply(variables, images, mutable=changing, **call)
+            return returned[0]
 
-            with linen.intercept_methods(watch):
-                # New running statistics are of no interest.
-                found: Any = module.apply(variables, images, mutable=["batch_stats"], **call)
-                return found[0]
-
+        wrapped = _Wrapped(name, "Net.from_linen", output, found.fixed)
+        inferring = functools.partial(forward, inference, found.inference)
+        trains = functools.partial(
+            forward, _with_fields(module, found.training_fields), found.training
+        )
         return _build(
-            name or type(module).__name__,
-            functools.partial(forward, call),
-            None if training is None else functools.partial(forward, {**call, **training}),
-            variables,
+            wrapped,
+            inferring,
+            trains if found.two_modes else None,
+            tree,
             preprocessing,
+            frozenset({("params",)}),
         )
 
 
-class _Record:
-    """What one forward pass showed: lives for one call of `apply`."""
-
-    def __init__(self) -> None:
-        self._trace = get_opaque_trace_state()
-        self.statistics: list[tuple[Path, Path]] = []
-        self.moments: list[Moments] = []
-        self.counts: list[int] = []
-        self.features: Array | None = None
-        self.head: Path | None = None
-
-    def batch_norm(self, mean: Path, var: Path, inputs: Array) -> None:
-        self._readable()
-        self.statistics.append((mean, var))
-        self.moments.append(batch_moments(inputs))
-        self.counts.append(inputs.size // inputs.shape[-1])
-
-    def linear(self, path: Path, inputs: Array) -> None:
-        self._readable()
-        self.head, self.features = path, inputs
-
-    def _readable(self) -> None:
-        if get_opaque_trace_state() != self._trace:
-            raise ValueError(
-                "a BatchNorm or linear layer is called inside remat, scan, vmap or jit, where what "
-                "it sees cannot be read: build the network without (attacks may wrap all of it)"
-            )
+def _split(
+    training: Any, call: Mapping[str, Any] | None, arguments: Mapping[str, Any]
+) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
+    """The arguments of the call in both modes, and those that differ in training mode."""
+    given = {**arguments, **(call or {})}
+    if training is None or isinstance(training, Mapping):
+        return given, training
+    return {"training": training, **given}, None
 
 
-def batch_moments(x: Array) -> Moments:
-    """Return mean and biased variance (C,) of x (..., C), in float32 at least.
-
-    Raises:
-      ValueError: x is empty.
-    """
-    if not x.size:
-        raise ValueError(f"a BatchNorm layer sees nothing of images this small: {x.shape}")
-    return Moments(*_two_pass_moments(x.astype(jnp.promote_types(x.dtype, jnp.float32))))
-
-
-@jax.custom_jvp
-def _two_pass_moments(x: Array) -> tuple[Array, Array]:
-    axes = tuple(range(x.ndim - 1))
-    mean = x.mean(axes)
-    return mean, jnp.square(x - mean).mean(axes)
+def _kind(thing: Any) -> str:
+    """Say what the user gave instead, with the likely remedy."""
+    if isinstance(thing, type):
+        return f"the class {thing.__name__}: make an instance of it"
+    if isinstance(thing, nnx.Module | linen.Module):
+        other = "from_nnx" if isinstance(thing, nnx.Module) else "from_linen"
+        return f"{type(thing).__name__}, which Net.{other} takes"
+    return f"a {type(thing).__name__}"
 
 
-@_two_pass_moments.defjvp
-def _moments_jvp(
-    primals: tuple[Array], tangents: tuple[Array]
-) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    """`d var = 2 (mean(x dx) - mean(x) mean(dx))`.
-
-    JAX's own rule keeps x - mean in memory and sums it again in the gradient, where it is 0:
-    one write and one pass over every BatchNorm input.
-    """
-    (x,), (dx,) = primals, tangents
-    axes = tuple(range(x.ndim - 1))
-    mean, var = _two_pass_moments(x)
-    dmean = dx.mean(axes)
-    return (mean, var), (dmean, 2 * ((x * dx).mean(axes) - mean * dmean))
+def _with_fields(module: linen.Module, fields: Mapping[str, Any]) -> linen.Module:
+    """A copy of a module with some of its fields replaced."""
+    return module.clone(**fields)
 
 
-def _watch(model: nnx.Module) -> None:
-    """Give a model's BatchNorm and linear layers classes that tell a record what they see."""
-    for _, module in list(nnx.iter_modules(model)):
-        statistics = _statistics_names(module)
-        if statistics is not None or isinstance(module, nnx.Linear):
-            module.__class__ = _watched(type(module), statistics)
-
-
-def _statistics_names(module: nnx.Module) -> tuple[str, str] | None:
-    """Names of a BatchNorm layer's running mean and variance; None of another layer."""
-    if isinstance(module, nnx.BatchNorm):
-        return "mean", "var"
-    if hasattr(module, "running_mean") and hasattr(module, "running_var"):
-        return "running_mean", "running_var"
-    return None
-
-
-@functools.cache  # Flax and JAX register every class of modules for the life of the process
-def _watched(original: Any, statistics: tuple[str, str] | None) -> Any:
-    """The subclass whose instances tell the record that they were given, if any, their input."""
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Array:
-        seen: _Seen | None = getattr(self, _SEEN, None)
-        if seen is not None:
-            inputs = _inputs(self, args, kwargs)
-            if statistics is None:
-                seen.record.linear(seen.path, inputs)
-            else:
-                mean, var = statistics
-                seen.record.batch_norm((*seen.path, mean), (*seen.path, var), inputs)
-        return original.__call__(self, *args, **kwargs)
-
-    # `wraps` keeps the signature, which `_inputs` reads.
-    body = {
-        "__call__": functools.wraps(original.__call__)(call),
-        "__module__": original.__module__,
-        "__qualname__": original.__qualname__,
-        _WATCHED: True,
+def plain(tree: Variables) -> dict[Any, Any]:
+    """Return a tree of variables as nested dicts of arrays, also one of Flax's own kinds."""
+    if isinstance(tree, nnx.State):
+        tree = nnx.to_pure_dict(tree)
+    return {
+        key: plain(value) if isinstance(value, Mapping) else meta.unbox(value)
+        for key, value in tree.items()
     }
-    # A subclass is a pytree or not as its base is, which Flax would not inherit.
-    return type(original)(original.__name__, (original,), body, pytree=original._pytree__is_pytree)
 
 
-_WATCHED, _SEEN = "_jinv_watched", "_jinv_seen"
+def _collections(
+    module: linen.Module, call: Mapping[str, Any], variables: dict, shape: tuple[int, ...]
+) -> dict[Any, Any]:
+    """Linen's collections without what a module notes on the way; of parameters alone, these."""
+    variables.pop("intermediates", None)
+    if "params" in variables or not variables:
+        return variables
+    key, images = jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32)
+    try:
+        fresh = jax.eval_shape(lambda x: module.init(key, x, **call), images)
+    except Exception:
+        return variables  # its forward pass says what is wrong
+    ours = fresh.get("params", {}).keys()
+    return {"params": variables} if variables.keys() <= ours else variables
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Seen:
-    """Where a layer of a fresh model tells what it sees."""
+@dataclasses.dataclass(frozen=True)
+class _Wrapped:
+    """How a user wrapped a network.
 
-    record: _Record
-    path: Path
+    Attributes:
+      name: of the network.
+      maker: the function that the user called.
+      output: where in what it returns the logits are.
+      fixed: see `calls.Call`.
+    """
 
-
-def _hand_out(record: _Record, fresh: nnx.Module) -> None:
-    """Let the watched layers of a model that lives for one call tell this record."""
-    for path, module in list(nnx.iter_modules(fresh)):
-        if hasattr(module, _WATCHED):
-            setattr(module, _SEEN, _Seen(record, path))
-
-
-def _inputs(module: Any, args: tuple, kwargs: Mapping[str, Any]) -> Array:
-    """A layer's input, also when the network passes it by name."""
-    return inspect.signature(type(module).__call__).bind(module, *args, **kwargs).args[1]
+    name: str
+    maker: str
+    output: calls.Output | None
+    fixed: tuple[str, ...]
 
 
-Forward = Callable[[Variables, Array, _Record], Array]
+Forward = Callable[[Variables, Array, Record], Any]
 
 
 def _build(
-    name: str,
+    wrapped: _Wrapped,
     forward: Forward,
     train_forward: Forward | None,
     variables: Variables,
     preprocessing: Preprocessing,
+    trained: frozenset[Path],
 ) -> Net:
-    def recorded(forward: Forward, variables: Variables, images: Array) -> Outputs:
-        record = _Record()
-        logits = forward(variables, images, record)
-        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-        return Outputs(logits, record.features, tuple(record.moments))
+    name = wrapped.name
 
-    def traced(shape: tuple[int, ...]) -> tuple[Any, _Record]:
-        """Logits' shape, and the record of paths and counts."""
-        record = _Record()
+    def run(
+        forward: Forward, variables: Variables, images: Array, record: Record, hint: str = ""
+    ) -> Array:
+        calls.check_images(name, images, preprocessing.channels)
+        shape = jnp.shape(images)
+        with calls.in_words(name, shape, hint):
+            result = forward(variables, images, record)
+        if record.training and wrapped.fixed and record.statistics and not record.of_batch:
+            raise NetworkError(
+                f"{name} has no training mode: {', '.join(wrapped.fixed)} was given for both "
+                f"modes; leave it to {wrapped.maker}, or give what differs, training={{...}}"
+            )
+        return calls.logits_of(name, wrapped.maker, result, wrapped.output, shape)
+
+    def recorded(forward: Forward, training: bool, variables: Variables, images: Array) -> Outputs:
+        record = Record(name, training)
+        logits = run(forward, variables, images, record)
+        head = record.head(logits)
+        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        return Outputs(logits, None if head is None else head[1], tuple(record.moments))
+
+    def traced(shape: tuple[int, ...], hint: str = "") -> tuple[Any, Record, Path | None]:
+        """Logits' shape, the record of paths and counts, and the head's path."""
+        record, head = Record(name), None
 
         def trace(variables: Variables, images: Array) -> Array:
-            nonlocal record
-            record = _Record()
-            return forward(variables, images, record)
+            nonlocal record, head
+            record = Record(name)
+            logits = run(forward, variables, images, record, hint)
+            head = record.head(logits)
+            return logits
 
         logits = jax.eval_shape(trace, variables, jax.ShapeDtypeStruct(shape, jnp.float32))
-        return logits, record
+        return logits, record, None if head is None else head[0]
+
+    def counts(shape: tuple[int, ...]) -> tuple[int, ...]:
+        found = traced(shape)[1].counts
+        known = tuple(count for count in found if count is not None)
+        if len(known) < len(found):
+            raise NetworkError(
+                f"{name} gives a BatchNorm layer a mask: how many values its moments are of "
+                "depends on the images"
+            )
+        return known
 
     shape = (1, preprocessing.height, preprocessing.width, preprocessing.channels)
-    logits, record = traced(shape)
-    if not hasattr(logits, "shape") or logits.ndim != 2 or logits.shape[0] != 1:
-        raise ValueError(
-            f"{name} must return logits (batch, classes) for images {shape}; "
-            f"it returned {jax.tree.map(lambda leaf: leaf.shape, logits)}"
-        )
-    for mean, _ in record.statistics:
-        _get(variables, mean)
+    logits, record, head = traced(
+        shape, f" (its Preprocessing says that it takes images {shape[1:]})"
+    )
+    if train_forward is None and not record.statistics and "batch_stats" not in variables:
+        train_forward = forward  # nothing but dropout could differ, and that is off
     return Net(
         name,
-        functools.partial(recorded, forward),
+        functools.partial(recorded, forward, False),
         variables,
         preprocessing,
         logits.shape[1],
         tuple(record.statistics),
-        None if train_forward is None else functools.partial(recorded, train_forward),
-        lambda shape: tuple(traced(shape)[1].counts),
-        record.head,
+        None if train_forward is None else functools.partial(recorded, train_forward, True),
+        counts,
+        head,
+        trained,
     )
 
 
@@ -393,29 +424,45 @@ def check_size(net: Net, size: int | Sequence[int]) -> None:
         jax.eval_shape(net.apply, net.variables, images)
     except Exception as error:  # what networks make of other sizes has no common kind
         reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"{net.name} cannot take images of {height} x {width} px (its own size is "
-            f"{own.height} x {own.width} px): {reason}"
-        ) from error
+        raise ValueError(f"{reason} (its own size is {own.height} x {own.width} px)") from error
 
 
 def parameters(net: Net, variables: Variables | None = None) -> dict[Any, Any]:
-    """Return the variables that gradients change in training: neither statistics nor counters."""
+    """Return the variables that gradients change in training: no statistics, no constants."""
     statistics = {path for pair in net.statistics for path in pair}
 
-    def chosen(tree: Variables, path: tuple[Any, ...]) -> dict[Any, Any]:
+    def chosen(tree: Variables, path: Path, within: bool) -> dict[Any, Any]:
         kept = {}
         for key, value in tree.items():
             here = (*path, key)
+            learned = within or here in (net.trained or ())
             if isinstance(value, Mapping):
-                inner = chosen(value, here)
+                inner = chosen(value, here, learned)
                 if inner:
                     kept[key] = inner
-            elif here not in statistics and jnp.issubdtype(value.dtype, jnp.floating):
+            elif learned and here not in statistics and _is_float(value):
                 kept[key] = value
         return kept
 
-    return chosen(net.variables if variables is None else variables, ())
+    return chosen(net.variables if variables is None else variables, (), net.trained is None)
+
+
+def as_parameters(net: Net, values: Parameters) -> dict[Any, Any]:
+    """Return a gradient, or an update, nested as `parameters(net)`, however Flax gave it.
+
+    That is as dicts, frozen or not, as an `nnx.State`, or as Linen's parameters alone, without the
+    name of their collection.
+
+    Raises:
+      NetworkError: the values are no tree of names.
+    """
+    if not isinstance(values, Mapping):
+        raise NetworkError(
+            f"the values are {_kind(values)}: a dict like the network's parameters is needed"
+        )
+    tree = plain(values)
+    of_linen = net.trained == frozenset({("params",)})
+    return {"params": tree} if of_linen and "params" not in tree else tree
 
 
 def with_parameters(variables: Variables, changed: Parameters) -> dict[Any, Any]:
@@ -426,6 +473,55 @@ def with_parameters(variables: Variables, changed: Parameters) -> dict[Any, Any]
         else changed.get(key, value)
         for key, value in variables.items()
     }
+
+
+def _check_numbers(net: Net) -> None:
+    """Refuse weights and statistics that no sound training leaves."""
+    statistics = {path: _get(net.variables, path) for pair in net.statistics for path in pair}
+    for path, leaf in (*_leaves(parameters(net)), *statistics.items()):
+        if not _is_finite(leaf):
+            raise NetworkError(
+                f"{net.name} has values in {dotted(path)} that are not finite: the weights are "
+                "damaged, or of a training that diverged"
+            )
+    for _, path in net.statistics:
+        values = _values(statistics[path])
+        if values is not None and (values < 0).any():
+            raise NetworkError(
+                f"{net.name} has a running variance below zero in {dotted(path)} "
+                f"({values.min():g}): the weights are damaged, or mean and variance are swapped"
+            )
+
+
+def _is_finite(leaf: Any) -> bool:
+    values = _values(leaf)
+    if values is None:
+        return True
+    # A sum is finite only if all values are: one pass, and no array of the answers.
+    with np.errstate(all="ignore"):
+        return bool(np.isfinite(values.sum())) or bool(np.isfinite(values).all())
+
+
+def _values(leaf: Any) -> np.ndarray | None:
+    """The numbers of an array, None where they are not here to be read."""
+    if isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct):
+        return None
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return None
+    return np.asarray(leaf).astype(np.promote_types(leaf.dtype, np.float32), copy=False)
+
+
+def _is_float(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and bool(jnp.issubdtype(leaf.dtype, jnp.floating))
+
+
+def _leaves(tree: Variables, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Every leaf with its path."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, (*path, key))
+        else:
+            yield (*path, key), value
 
 
 def _get(tree: Variables, path: Path) -> Any:

@@ -19,8 +19,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 ORDER = (
-    *("weights_convert", "moved", "checks", "files", "parallel", "prng", "privacy", "image", "net"),
-    *("data", "optimise", "schedules", "models", "objective", "training", "federated"),
+    *("weights_convert", "moved", "checks", "files", "parallel", "prng", "privacy", "image"),
+    *("calls", "watch", "net", "data", "optimise", "schedules", "models", "objective"),
+    *("training", "federated"),
     *("attacks", "scores", "reports", "runs", "shadow", "recipes", "__main__"),
 )
 """The rooms from the lowest on: each may import those before it."""

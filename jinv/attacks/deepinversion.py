@@ -19,7 +19,7 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
-from jinv import checks, image, optimise, parallel, schedules
+from jinv import calls, checks, image, optimise, parallel, schedules
 from jinv.checks import Count, Natural, NotNegative, Positive, PositiveShare, Share, Some
 from jinv.image import Preprocessing
 from jinv.net import Net, Outputs
@@ -390,12 +390,9 @@ def _terms(
         images = image.resize(images, (height, width))
         inputs = image.convert(images, space, net.preprocessing).astype(dtype)
         few = 0 < at_once < len(images)
-        try:
+        with calls.in_words(net.name, inputs.shape):
             apply = microbatch.in_turns(net.apply, at_once) if few else net.apply
             return apply(variables, inputs)
-        except Exception as error:  # what networks make of other sizes has no common kind
-            message = f"{net.name} cannot take {height} x {width} px images: {error}"
-            raise ValueError(message) from None
 
     def terms(variables: tuple[Any, Any], images: Array, targets: Array) -> dict[str, Array]:
         own, rival = variables

@@ -230,12 +230,17 @@ def load(
     build = functools.partial(found.build, classes=classes or found.classes)
     preprocessing = preprocessing or found.preprocessing
     if weights is None:
-        return Net.from_nnx(build(rngs=nnx.Rngs(seed)), preprocessing, name=name)
+        return _net(build(rngs=nnx.Rngs(seed)), preprocessing, name)
     path = packaged_weights(name) if weights == "package" else Path(weights)
     variables = _read(name, path, template(name, classes))
     model = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
     nnx.update(model, variables)
-    return Net.from_nnx(model, preprocessing, name=name)
+    return _net(model, preprocessing, name)
+
+
+def _net(model: nnx.Module, preprocessing: Preprocessing, name: str) -> Net:
+    # All of what it returns are the logits, also if there is one attribute only.
+    return Net.from_nnx(model, preprocessing, name=name, output=())
 
 
 def _read(name: str, path: str | Path, wanted: Variables) -> dict[str, Any]:
