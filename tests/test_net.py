@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +22,8 @@ from jax import Array
 
 import weights_convert
 from jinv import models
+from jinv.attacks import gradient_inversion
+from jinv.federated import evidence, labels
 from jinv.image import Preprocessing
 from jinv.net import Moments, Net, Outputs, batch_moments, parameters, with_parameters
 
@@ -599,6 +602,190 @@ def test_parameters_are_neither_statistics_nor_counters() -> None:
     np.testing.assert_array_equal(changed["linear"]["bias"], 2 * net.variables["linear"]["bias"])
     assert changed["bn1"]["running_var"] is net.variables["bn1"]["running_var"]
     assert jax.tree.structure(changed) == jax.tree.structure(dict(net.variables))
+
+
+# --- what training changes -----------------------------------------------------------------------
+
+
+class Constants(nnx.Module):
+    """Every kind of variable that NNX has."""
+
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0)
+        self.norm = nnx.BatchNorm(3, rngs=rngs)
+        self.idle = nnx.BatchNorm(2, rngs=rngs)  # never called
+        self.lora = nnx.LoRALinear(3, 4, lora_rank=2, rngs=rngs)
+        self.head = nnx.Linear(4, 3, rngs=rngs)
+        self.mask = nnx.Variable(jnp.ones(3))
+        self.shift = jnp.zeros(3)
+        self.cache = nnx.Cache(jnp.zeros(3))
+        self.count = nnx.BatchStat(jnp.zeros((), jnp.int32))
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.blocks = nnx.List([nnx.Linear(3, 3, use_bias=False, rngs=rngs)])
+
+    def __call__(self, x: Array) -> Array:
+        self.sow(nnx.Intermediate, "seen", x)
+        x = self.norm(x) * self.mask + self.shift + self.cache
+        return self.head(self.lora(self.blocks[0](x.mean((1, 2)))))
+
+
+def cross_entropy(logits: Array) -> Array:
+    return -jax.nn.log_softmax(logits)[:, 0].mean()
+
+
+def test_the_parameters_of_nnx_networks_are_what_flax_differentiates() -> None:
+    """Its own gradient is evidence, as a state or as dicts; and it is ours."""
+    model = Constants()
+    model(batch())  # leaves intermediates behind
+    net = Net.from_nnx(model, SPACE)
+    model.eval()
+    gradient = nnx.grad(lambda model: cross_entropy(model(batch())))(model)
+    values = nnx.to_pure_dict(gradient)
+    assert jax.tree.structure(parameters(net)) == jax.tree.structure(values)
+    for given in (values, gradient):
+        evidence.Evidence(given, SHAPE[0]).check(net)
+    ours = evidence.observed(net, net.variables, batch(), jax.nn.one_hot(jnp.zeros(5, int), 3))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(values), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
+
+
+class Spectral(linen.Module):
+    """Collections of every kind."""
+
+    @linen.compact
+    def __call__(self, x: Array) -> Array:
+        x = linen.SpectralNorm(linen.Conv(4, (3, 3)))(x, update_stats=False)
+        scale = self.variable("constants", "scale", jnp.ones, (4,)).value
+        x = linen.BatchNorm(use_running_average=True)(x * scale)
+        self.sow("intermediates", "seen", x)
+        return linen.Dense(3)(x.mean((1, 2)))
+
+
+def test_the_parameters_of_linen_networks_are_their_params() -> None:
+    """Whatever kind of dict holds them, and with or without the name of their collection."""
+    variables = Spectral().init(jax.random.key(0), batch())
+    assert variables.keys() == {"params", "batch_stats", "constants"}
+    variables["intermediates"] = {"seen": (batch(),)}  # as `apply` leaves them
+    params = variables["params"]
+
+    def loss(params: Any) -> Array:
+        kept = {key: value for key, value in variables.items() if key != "intermediates"}
+        return cross_entropy(Spectral().apply({**kept, "params": params}, batch()))
+
+    gradient = jax.grad(loss)(params)
+    for given in (variables, flax.core.freeze(variables), nnx.State(variables)):
+        net = Net.from_linen(Spectral(), given, SPACE)
+        assert jax.tree.structure(parameters(net)) == jax.tree.structure({"params": params})
+    for values in (gradient, {"params": gradient}, flax.core.freeze({"params": gradient})):
+        held = evidence.Evidence(values, SHAPE[0])
+        held.check(net)
+        config = gradient_inversion.Config(steps=1, seeds=1, group=0, batch_norm=0)
+        attack = gradient_inversion.build(config, net, held, [0] * SHAPE[0])
+        assert jax.tree.structure(attack.data.wanted) == jax.tree.structure(parameters(net))
+        found = labels.restore(labels.head_of(net, held))
+        np.testing.assert_array_equal(found, [SHAPE[0], 0, 0])
+
+
+def test_gradients_of_other_networks_are_still_refused() -> None:
+    net = from_linen(own_model())
+    params = {k: v for k, v in parameters(net)["params"].items() if k != "a_head"}
+    for values, message in (
+        ({"params": params}, "missing"),
+        ({**params, "b": {"kernel": np.zeros((2, 2))}}, "unexpected"),
+        ([np.zeros(2)], "the values are a list"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evidence.Evidence(values, 5).check(net)  # type: ignore[arg-type]
+
+
+def test_evidence_of_bare_linen_parameters_is_kept_in_files(tmp_path: Path) -> None:
+    net = from_linen(own_model())
+    bare = jax.device_get(parameters(net)["params"])
+    evidence.save(tmp_path / "bare", evidence.Evidence(bare, 5))
+    found = evidence.load(tmp_path / "bare", net)
+    jax.tree.map(np.testing.assert_array_equal, found.values, {"params": bare})
+
+
+def test_linen_parameters_alone_make_a_network() -> None:
+    class Plain(linen.Module):
+        @linen.compact
+        def __call__(self, x: Array, train: bool) -> Array:
+            return linen.Dense(3)(linen.GroupNorm(1)(x).mean((1, 2)))
+
+    variables = Plain().init(jax.random.key(0), batch(), train=False)
+    net = Net.from_linen(Plain(), variables["params"], SPACE)
+    expected = Plain().apply(variables, batch(), train=False)
+    np.testing.assert_allclose(net.apply(net.variables, batch()).logits, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kept", ["params", "bare", "one layer"])
+def test_missing_statistics_are_told(kept: str) -> None:
+    variables = linen_variables(own_model())
+    given = {
+        "params": {"params": variables["params"]},
+        "bare": variables["params"],
+        "one layer": {**variables, "batch_stats": {"m_norm": variables["batch_stats"]["m_norm"]}},
+    }[kept]
+    message = "OwnLinen: .*no running statistics of the BatchNorm layer y_norm: give all collect"
+    with pytest.raises(ValueError, match=message):
+        Net.from_linen(OwnLinen(), given, SPACE)
+
+
+def test_what_is_no_network_is_refused() -> None:
+    model, variables = own_model(), linen_variables(own_model())
+    calls: list[tuple[Callable[..., Net], tuple[Any, ...], str]] = [
+        (Net.from_nnx, (Own,), "not the class Own: make an instance"),
+        (Net.from_nnx, (OwnLinen(),), "not OwnLinen, which Net.from_linen takes"),
+        (Net.from_nnx, (nnx.state(model),), "takes an nnx.Module, not a State"),
+        (Net.from_linen, (model, variables), "not Own, which Net.from_nnx takes"),
+        (Net.from_linen, (OwnLinen, variables), "not the class OwnLinen"),
+        (Net.from_linen, (OwnLinen(), [1]), "variables as module.init returns them.* not a list"),
+        (Net.from_linen, (OwnLinen(), {"batch_stats": {}}), r"OwnLinen cannot take .*\"params\""),
+    ]
+    for make, given, message in calls:
+        with pytest.raises(ValueError, match=message):
+            make(*given, SPACE)
+
+
+def test_a_net_is_printed_without_its_numbers() -> None:
+    assert len(repr(from_nnx(own_model()))) < 1000
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("y_norm", "var"), -0.1, r"running variance below zero in .*y_norm.var \(-0.1\)"),
+        (("m_norm", "var"), np.nan, r"values in .*m_norm.var that are not finite"),
+        (("m_norm", "mean"), -np.inf, r"values in .*m_norm.mean that are not finite"),
+        (("z_conv", "kernel"), np.inf, r"values in .*z_conv.kernel that are not finite"),
+        (("a_head", "bias"), np.nan, r"values in .*a_head.bias that are not finite"),
+    ],
+)
+def test_unsound_numbers_are_refused(path: tuple[str, str], value: float, message: str) -> None:
+    model = own_model()
+    layer = getattr(model, path[0])
+    variable = getattr(layer, path[1])
+    sound = Net.from_nnx(model, SPACE)
+    variable[...] = variable[...].at[(0,) * variable.ndim].set(value)
+    for make in (from_nnx, from_linen):
+        with pytest.raises(ValueError, match=f"Own.* {message}"):
+            make(model)
+    changed = {**sound.variables, path[0]: nnx.to_pure_dict(nnx.state(layer))}
+    with pytest.raises(ValueError, match=f"Own .*{message}"):
+        dataclasses.replace(sound, variables=changed)
+
+
+def test_unusual_numbers_are_taken() -> None:
+    """Variances that are 0, constants that are not finite, and weights whose sum is not."""
+    model = Constants()
+    model.norm.var[...] = jnp.zeros(3)
+    model.mask[...] = jnp.asarray([-jnp.inf, 1, 1])
+    model.head.kernel[...] = jnp.full((4, 3), 3e38)
+    assert Net.from_nnx(model, SPACE).classes == 3
+    jax.eval_shape(
+        lambda v: dataclasses.replace(from_nnx(own_model()), variables=v).variables,
+        {**from_nnx(own_model()).variables},
+    )
 
 
 # --- programs, classes and memory ----------------------------------------------------------------

@@ -29,7 +29,7 @@ from jinv.federated import defences, registration
 from jinv.federated import evidence as evidences
 from jinv.federated.defences import Defence
 from jinv.federated.evidence import Circumstances, Evidence
-from jinv.net import Net, check_size
+from jinv.net import Net, as_parameters, check_size
 from jinv.objective import gradient_matching, priors
 from jinv.objective.terms import ExtraTerms, ImageTerm, image_terms, weigh
 
@@ -373,7 +373,7 @@ def build(
         space=space,
         defence=None if defence == Defence() else defence,
         terms=_terms(config, extra_terms, shape[1:]),
-        factors=_factors(evidence.values, config.layers),
+        factors=_factors(data.wanted, config.layers),
         execution=execution,
         on_one_device=mesh.size == 1,
     )
@@ -403,7 +403,7 @@ def _data(config: Config, net: Net, evidence: Evidence, labels: Labels) -> Data:
             raise ValueError(f"{count} labels from 0 to {net.classes - 1} are needed, not {labels}")
         of_seeds = np.broadcast_to(chosen, (config.seeds, count))
         one_hot = jax.nn.one_hot(of_seeds, net.classes)
-    return Data(net.variables, evidence.values, moments, one_hot)
+    return Data(net.variables, as_parameters(net, evidence.values), moments, one_hot)
 
 
 def _check(config: Config, evidence: Evidence, data: Data, execution: Execution) -> None:
@@ -412,7 +412,7 @@ def _check(config: Config, evidence: Evidence, data: Data, execution: Execution)
             "images_at_once needs a gradient whose images do not act on each other: neither a "
             "victim in training mode nor local steps"
         )
-    if config.gradient and not any(_factors(evidence.values, config.layers)):
+    if config.gradient and not any(_factors(data.wanted, config.layers)):
         raise ValueError("every layer's factor is 0: set gradient: 0 to leave the gradient out")
     if not config.gradient and not data.moments:
         raise ValueError(

@@ -21,7 +21,16 @@ from jax import Array, lax
 import weights_convert
 from jinv import checks
 from jinv.files import write_atomic
-from jinv.net import Moments, Net, Parameters, Variables, parameters, with_parameters
+from jinv.net import (
+    Moments,
+    Net,
+    Parameters,
+    Variables,
+    as_parameters,
+    parameters,
+    plain,
+    with_parameters,
+)
 from jinv.objective.terms import cross_entropy
 
 Statistics = Literal["none", "running", "exact", "update"]
@@ -100,7 +109,8 @@ class Evidence:
 
     def check(self, net: Net) -> None:
         """Raise ValueError naming every layer that is missing, misshaped or not finite."""
-        weights_convert.to_flax(weights_convert.from_flax(self.values), parameters(net))
+        values = as_parameters(net, self.values)
+        weights_convert.to_flax(weights_convert.from_flax(values), parameters(net))
         if self.moments is not None and len(self.moments) != len(net.statistics):
             raise ValueError(
                 f"moments of {len(self.moments)} BatchNorm layers for {len(net.statistics)}"
@@ -302,7 +312,8 @@ def save(path: str | Path, evidence: Evidence) -> None:
     """Write FILE.safetensors (torch's names and layouts) and FILE.json beside it."""
     path = Path(path)
     state = {
-        _VALUES + name: value for name, value in weights_convert.from_flax(evidence.values).items()
+        _VALUES + name: value
+        for name, value in weights_convert.from_flax(plain(evidence.values)).items()
     }
     for i, moments in enumerate(evidence.moments or ()):
         state[_MEAN.format(i)] = np.asarray(moments.mean)
@@ -331,7 +342,10 @@ def load(path: str | Path, net: Net) -> Evidence:
             for i in range(count)
         )
         named = {name.removeprefix(_VALUES): value for name, value in state.items()}
-        values = weights_convert.to_flax(named, parameters(net))
+        wanted = parameters(net)
+        if wanted.keys() == {"params"} and not any(n.startswith("params.") for n in named):
+            named = {f"params.{name}": value for name, value in named.items()}  # Linen's, alone
+        values = weights_convert.to_flax(named, wanted)
         # A network without BatchNorm layers has no moments to write, even where they are known.
         nothing = () if not net.statistics and found.get("statistics") in _WITH_MOMENTS else None
         evidence = Evidence(values, local=local, moments=moments or nothing, **found)
