@@ -19,7 +19,7 @@ import scipy.optimize
 
 from jinv import checks
 from jinv.federated.evidence import Evidence
-from jinv.net import Net
+from jinv.net import Net, as_parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,17 +89,23 @@ def head_of(net: Net, evidence: Evidence, scaled: bool = False) -> Head:
     at weights half-way between those before and after (as arXiv 2206.12395 interpolates).
 
     Raises:
-      ValueError: no linear layer, or several, give the network's classes.
+      ValueError: the network's head is not known, and no linear layer, or several, give its
+        classes.
     """
-    layers = dict(_linear(evidence.values, (), net.classes))
+    values = as_parameters(net, evidence.values)
+    layers = dict(_linear(values, (), net.classes))
+    if net.head in layers:
+        layers = {net.head: layers[net.head]}
     if len(layers) != 1:
         found = ", ".join(".".join(map(str, path)) for path in layers) or "none"
         raise ValueError(
-            f"labels are read off the one linear layer with {net.classes} outputs; here: {found}"
+            f"labels are read off the one linear layer with {net.classes} outputs; here: {found} "
+            f"({net.name} must end in a layer like nnx.Linear or linen.Dense, no convolution; "
+            "without one give the labels yourself, or optimise them with the images)"
         )
     ((path, (weight, bias)),) = layers.items()
     before: Any = net.variables
-    change: Any = evidence.values
+    change: Any = values
     for key in path:
         before, change = before[key], change[key]
     local = evidence.local

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen, nnx
+from jax import Array
 
 import tiny
 from jinv import models
 from jinv.federated import evidence, labels
 from jinv.federated.evidence import Evidence, Local
 from jinv.federated.labels import Head
+from jinv.image import Preprocessing
+from jinv.net import Net
 
 
 def head_of(
@@ -229,3 +234,71 @@ def test_a_method_of_ones_own_is_restored_by(monkeypatch: pytest.MonkeyPatch) ->
     assert labels.restore(head, "first").tolist() == [4, 0, 0]
     with pytest.raises(ValueError, match="cannot be called 'llg'"):
         labels.register("llg", labels.llg)
+
+
+class Between(nnx.Module):
+    """A gate in the middle with as many outputs as there are classes, and a head."""
+
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0)
+        self.conv = nnx.Conv(3, 5, (3, 3), rngs=rngs)
+        self.gate = nnx.Linear(5, 5, rngs=rngs)
+        self.head = nnx.Linear(5, 5, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        x = nnx.relu(self.conv(x)).mean((1, 2))
+        return self.head(x * nnx.sigmoid(self.gate(x)))
+
+
+class BetweenLinen(linen.Module):
+    @linen.compact
+    def __call__(self, x: Array) -> Array:
+        x = nnx.relu(linen.Conv(5, (3, 3))(x)).mean((1, 2))
+        return linen.Dense(5, name="a_head")(x * nnx.sigmoid(linen.Dense(5, name="gate")(x)))
+
+
+def test_a_known_head_is_taken_where_another_layer_has_as_many_outputs() -> None:
+    images, classes = tiny.noise((6, 8, 8, 3)), [0, 1, 1, 4, 4, 4]
+    space = Preprocessing(size=8)
+    variables = BetweenLinen().init(jax.random.key(0), images)
+    for net, name in (
+        (Net.from_nnx(Between(), space), ("head",)),
+        (Net.from_linen(BetweenLinen(), variables, space), ("params", "a_head")),
+    ):
+        held, _ = evidence.simulate(net, images, classes)
+        found = labels.head_of(net, held)
+        layer: Any = net.variables
+        gradient: Any = held.values
+        for key in name:
+            layer, gradient = layer[key], gradient[key]
+        np.testing.assert_array_equal(found.weight, layer["kernel"])
+        np.testing.assert_array_equal(found.weight_gradient, gradient["kernel"])
+        np.testing.assert_array_equal(labels.restore(found), np.bincount(classes, minlength=5))
+        with pytest.raises(ValueError, match=r"the one linear layer with 5 outputs; here: .*gate"):
+            labels.head_of(dataclasses.replace(net, head=None), held)
+
+
+class Alone(nnx.Module):
+    """A head of another kind."""
+
+    def __init__(self, kind: str) -> None:
+        rngs = nnx.Rngs(0)
+        self.head: Any = (
+            nnx.LinearGeneral(3, 5, rngs=rngs)
+            if kind == "general"
+            else nnx.Conv(3, 5, (1, 1), rngs=rngs)
+        )
+
+    def __call__(self, x: Array) -> Array:
+        return self.head(x).mean((1, 2))
+
+
+def test_other_heads_are_guessed_or_refused_in_words() -> None:
+    images = tiny.noise((3, 8, 8, 3))
+    net = Net.from_nnx(Alone("general"), Preprocessing(size=8))
+    held, _ = evidence.simulate(net, images, [0, 1, 1])
+    np.testing.assert_array_equal(labels.head_of(net, held).weight, net.variables["head"]["kernel"])
+    net = Net.from_nnx(Alone("convolution"), Preprocessing(size=8))
+    held, _ = evidence.simulate(net, images, [0, 1, 1])
+    with pytest.raises(ValueError, match=r"here: none .Alone must end in .*no convolution"):
+        labels.head_of(net, held)
