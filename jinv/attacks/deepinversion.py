@@ -31,6 +31,7 @@ from jinv.objective.terms import (
     Member,
     image_terms,
     network_terms,
+    tell_without_statistics,
     term_weights,
 )
 
@@ -260,6 +261,9 @@ def build(
     canvas = _canvas(config, len(array), usual if size is None else size, space)
     dtype = jnp.dtype(compute_dtype)
     parts = _parts(config, members, competitor, canvas, dtype, execution)
+    for member in members:
+        if member.weights.batch_norm:
+            tell_without_statistics(member.net, member.weights.batch_norm)
     placement = ensemble.place(parts, len(array), execution)
     evaluate, networks = ensemble.build(parts, placement, execution)
 

@@ -31,7 +31,13 @@ from jinv.federated.defences import Defence
 from jinv.federated.evidence import Circumstances, Evidence
 from jinv.net import Net, as_parameters, check_size
 from jinv.objective import gradient_matching, priors
-from jinv.objective.terms import ExtraTerms, ImageTerm, image_terms, weigh
+from jinv.objective.terms import (
+    ExtraTerms,
+    ImageTerm,
+    image_terms,
+    tell_without_statistics,
+    weigh,
+)
 
 SEEDS, IMAGES = "seeds", "images"
 
@@ -361,6 +367,8 @@ def build(
     evidence.check(net)
     data = _data(config, net, evidence, labels)
     _check(config, evidence, data, execution)
+    if config.batch_norm:
+        tell_without_statistics(net, config.batch_norm)
     space = space or net.preprocessing
     height, width = image.sides(net.preprocessing.size if size is None else size)
     check_size(net, (height, width))

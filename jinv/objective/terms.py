@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Literal
 
@@ -103,6 +104,16 @@ def term_weights(member: Member) -> dict[str, float]:
     if member.net.statistics:
         weights["batch_norm"] = member.weights.batch_norm
     return {name: weight for name, weight in weights.items() if weight}
+
+
+def tell_without_statistics(net: Net, weight: float) -> None:
+    """Warn if a BatchNorm prior of some weight is asked for, but the network has no such layers."""
+    if not net.statistics:
+        warnings.warn(
+            f"{net.name} has no BatchNorm layers with running statistics: the batch_norm term "
+            f"(weight {weight:g}) is left out, the others go on; a weight of 0 says the same",
+            stacklevel=3,
+        )
 
 
 def network_terms(

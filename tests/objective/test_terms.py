@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax import Array
 from jax.test_util import check_grads
 
 import tiny
+from jinv.attacks import deepinversion, gradient_inversion
+from jinv.federated import evidence
+from jinv.federated.evidence import Statistics
 from jinv.image import Preprocessing
 from jinv.net import Net, Outputs
 from jinv.objective import priors
@@ -165,3 +172,51 @@ def test_network_without_batch_norm_adds_its_label_loss_only() -> None:
 
     net = Net("plain", apply, {"w": jnp.ones((3, 7))}, Preprocessing(size=8), 7, ())
     assert list(terms_of(Weights(batch_norm=1), net)[0]) == ["label"]
+
+
+class Groups(nnx.Module):
+    """GroupNorm keeps no running statistics."""
+
+    def __init__(self) -> None:
+        self.norm = nnx.GroupNorm(3, num_groups=1, rngs=nnx.Rngs(0))
+        self.head = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+
+    def __call__(self, x: Array) -> Array:
+        return self.head(self.norm(x).mean((1, 2)))
+
+
+def test_attacks_warn_once_that_there_are_no_statistics() -> None:
+    net = Net.from_nnx(Groups(), Preprocessing(size=8))
+    images = tiny.noise((2, 8, 8, 3))
+    phases = (deepinversion.Phase(1),)
+    client = gradient_inversion.Config(steps=1, seeds=1, group=0)
+    message = r"Groups has no BatchNorm layers with running statistics: .*\(weight 0.\d+\) is left"
+    with pytest.warns(UserWarning, match=message) as told:
+        deepinversion.build(deepinversion.Config(phases=phases), [Member(net)], [0])
+    assert [Path(warning.filename) for warning in told] == [Path(__file__)]
+    knowledge: tuple[Statistics, ...] = ("none", "running", "exact")
+    for statistics in knowledge:
+        held, _ = evidence.simulate(net, images, [0, 1], statistics=statistics)
+        with pytest.warns(UserWarning, match=message) as told:
+            attack = gradient_inversion.build(client, net, held, [0, 1])
+        assert len(told) == 1
+        assert attack.data.moments == ()
+        alone = dataclasses.replace(client, gradient=0.0, distance="l2")
+        with pytest.raises(ValueError, match="nothing ties the images"):
+            gradient_inversion.build(alone, net, held, [0, 1])
+    nothing = Member(net, Weights(label=0.0))
+    with pytest.raises(ValueError, match="Groups adds nothing to the objective"):
+        deepinversion.build(deepinversion.Config(phases=phases), [nothing], [0])
+
+
+def test_attacks_do_not_warn_where_the_term_is_not_asked_for(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    plain = Member(
+        Net.from_nnx(Groups(), Preprocessing(size=8)),
+        Weights(batch_norm=0.0, first_bn_multiplier=Weights().first_bn_multiplier),
+    )
+    for member in (plain, Member(tiny.network())):
+        config = deepinversion.Config(phases=(deepinversion.Phase(1),))
+        deepinversion.build(config, [member], [0])
+    assert not recwarn.list
