@@ -160,6 +160,7 @@ class Net:
         switch(model, training=False)
         # Random keys (dropout's) play no part in inference: no variables that attacks could see.
         graphdef, rngs, state = nnx.split(model, nnx.RngState, ...)  # type: ignore[misc]
+        _check_arrays(name, state)
         learned = nnx.to_pure_dict(nnx.state(model, nnx.Param))
         switch(model, training=True)
         train_graphdef = nnx.graphdef(model)
@@ -278,6 +279,22 @@ def _kind(thing: Any) -> str:
         other = "from_nnx" if isinstance(thing, nnx.Module) else "from_linen"
         return f"{type(thing).__name__}, which Net.{other} takes"
     return f"a {type(thing).__name__}"
+
+
+def _check_arrays(name: str, state: nnx.State) -> None:
+    """Refuse variables of NNX that are no arrays."""
+    for path, variable in nnx.to_flat_state(state):
+        value = variable.get_value() if isinstance(variable, nnx.Variable) else variable
+        if isinstance(value, jax.ShapeDtypeStruct):
+            raise NetworkError(
+                f"{name} has no weights yet, only shapes, in {dotted(path)}: nnx.update(model, ...)"
+                " gives it some"
+            )
+        if not hasattr(value, "dtype"):
+            raise NetworkError(
+                f"{name} keeps a {type(value).__name__} in its variable {dotted(path)}: make one "
+                "variable of every array"
+            )
 
 
 def _with_fields(module: linen.Module, fields: Mapping[str, Any]) -> linen.Module:
@@ -451,7 +468,8 @@ def as_parameters(net: Net, values: Parameters) -> dict[Any, Any]:
     """Return a gradient, or an update, nested as `parameters(net)`, however Flax gave it.
 
     That is as dicts, frozen or not, as an `nnx.State`, or as Linen's parameters alone, without the
-    name of their collection.
+    name of their collection. Gradients of running statistics, which training does not follow, are
+    left out.
 
     Raises:
       NetworkError: the values are no tree of names.
@@ -462,7 +480,23 @@ def as_parameters(net: Net, values: Parameters) -> dict[Any, Any]:
         )
     tree = plain(values)
     of_linen = net.trained == frozenset({("params",)})
-    return {"params": tree} if of_linen and "params" not in tree else tree
+    if of_linen and "params" not in tree:
+        tree = {"params": tree}
+    return _without(tree, {path for pair in net.statistics for path in pair})
+
+
+def _without(tree: Variables, paths: set[Path], path: Path = ()) -> dict[Any, Any]:
+    """A tree without some of its leaves, and without what is empty then."""
+    kept: dict[Any, Any] = {}
+    for key, value in tree.items():
+        here = (*path, key)
+        if isinstance(value, Mapping):
+            inner = _without(value, paths, here)
+            if inner:
+                kept[key] = inner
+        elif here not in paths:
+            kept[key] = value
+    return kept
 
 
 def with_parameters(variables: Variables, changed: Parameters) -> dict[Any, Any]:

@@ -686,6 +686,33 @@ def test_the_parameters_of_linen_networks_are_their_params() -> None:
         np.testing.assert_array_equal(found, [SHAPE[0], 0, 0])
 
 
+def test_gradients_of_statistics_are_left_out() -> None:
+    """Of a layer that keeps them as parameters, and of all that a Linen module has."""
+
+    class Kept(nnx.Module):
+        def __init__(self) -> None:
+            self.running_mean = nnx.Param(jnp.zeros(3))
+            self.running_var = nnx.Param(jnp.ones(3))
+            self.scale = nnx.Param(jnp.ones(3))
+
+        def __call__(self, x: Array) -> Array:
+            x = (x - self.running_mean[...]) / jnp.sqrt(self.running_var[...])
+            return x * self.scale[...]
+
+    class Outer(nnx.Module):
+        def __init__(self) -> None:
+            self.norm = Kept()
+
+        def __call__(self, x: Array) -> Array:
+            return self.norm(x).mean((1, 2))
+
+    gradient = nnx.grad(lambda model: cross_entropy(model(batch())))(Outer())
+    assert gradient["norm"].keys() == {"running_mean", "running_var", "scale"}
+    evidence.Evidence(gradient, SHAPE[0]).check(Net.from_nnx(Outer(), SPACE))
+    net = from_linen(own_model())
+    evidence.Evidence(net.variables, SHAPE[0]).check(net)
+
+
 def test_gradients_of_other_networks_are_still_refused() -> None:
     net = from_linen(own_model())
     params = {k: v for k, v in parameters(net)["params"].items() if k != "a_head"}
@@ -745,6 +772,20 @@ def test_what_is_no_network_is_refused() -> None:
     for make, given, message in calls:
         with pytest.raises(ValueError, match=message):
             make(*given, SPACE)
+
+
+def test_variables_that_are_no_arrays_are_refused() -> None:
+    class Held(nnx.Module):
+        def __init__(self) -> None:
+            self.layer = nnx.Param({"kernel": jnp.ones((3, 3))})
+
+        def __call__(self, x: Array) -> Array:
+            return x.mean((1, 2)) @ self.layer["kernel"]
+
+    with pytest.raises(ValueError, match="Held keeps a dict in its variable layer: make one"):
+        Net.from_nnx(Held(), SPACE)
+    with pytest.raises(ValueError, match=r"Own has no weights yet, only shapes, in a_head\.bias"):
+        Net.from_nnx(nnx.eval_shape(lambda: Own(nnx.Rngs(0))), SPACE)
 
 
 def test_a_net_is_printed_without_its_numbers() -> None:
