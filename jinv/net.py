@@ -440,8 +440,12 @@ def check_size(net: Net, size: int | Sequence[int]) -> None:
     try:
         jax.eval_shape(net.apply, net.variables, images)
     except Exception as error:  # what networks make of other sizes has no common kind
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{reason} (its own size is {own.height} x {own.width} px)") from error
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        raise ValueError(
+            f"{net.name} cannot take images of {height} x {width} px (its own size is "
+            f"{own.height} x {own.width} px): bring them to that size, or use a network that pools "
+            f"over all positions ({reason})"
+        ) from error
 
 
 def parameters(net: Net, variables: Variables | None = None) -> dict[Any, Any]:

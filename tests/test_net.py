@@ -719,7 +719,7 @@ def test_gradients_of_other_networks_are_still_refused() -> None:
     for values, message in (
         ({"params": params}, "missing"),
         ({**params, "b": {"kernel": np.zeros((2, 2))}}, "unexpected"),
-        ([np.zeros(2)], "the values are a list"),
+        ([np.zeros(2)], "values must be a mapping"),
     ):
         with pytest.raises(ValueError, match=message):
             evidence.Evidence(values, 5).check(net)  # type: ignore[arg-type]
