@@ -2,7 +2,15 @@
 
 
 class WeightsError(ValueError):
-    """A weight file or tree that cannot be used: what is wrong with it, and what to do."""
+    """A weight file or tree that cannot be used: what is wrong with it, and what to do.
+
+    Attributes:
+        classes: with which the file would fit, where nothing but the last layer's size is wrong.
+    """
+
+    def __init__(self, message: str, classes: int | None = None) -> None:
+        super().__init__(message)
+        self.classes = classes
 
 
 def shown(value: object, limit: int = 120) -> str:

@@ -5,42 +5,101 @@ in Flax, linear weights (out, in) and (in, out); everything else is the same on 
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from weights_convert.errors import WeightsError
+from weights_convert.errors import WeightsError, shown
 
 Path = tuple[str | int, ...]
 Tree = Mapping[Any, Any]
+Leaves = Mapping[str, tuple[Path, Any]]
 
+SHOWN = 10  # names of a list in an error message; the others are counted
 _COUNTER = "num_batches_tracked"  # absent from files of torch < 0.4.1; an int64 in torch
 _TO_FLAX = {4: (2, 3, 1, 0), 2: (1, 0)}
 _TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0)}
 
+# Attributes under which wrappers hold a network, and objectives their own weights.
+_WRAPPERS = frozenset(
+    "module _module model _model net network backbone encoder _orig_mod values".split()  # noqa: SIM905
+)
+_OBJECTIVES = frozenset("criterion loss loss_fn loss_func loss_function metric metrics".split())  # noqa: SIM905
+# Words of names of single numbers that wrappers and training loops keep beside the weights.
+_BOOKKEEPING = frozenset(
+    "acc acc1 accuracy averaged best decay epoch iteration loss lr step steps updates".split()  # noqa: SIM905
+)
+_TREATED = {
+    "weight_mask": "it was pruned: call torch.nn.utils.prune.remove, then save it again",
+    "parametrizations": "its weights are parametrised: call remove_parametrizations, then save it",
+    "weight_g": "its weights are split into norm and direction: call remove_weight_norm, then save",
+    "_packed_params": "it is quantised: save the float network",
+    "zero_point": "it is quantised: save the float network",
+}
 
-def to_flax(state: Mapping[str, np.ndarray], template: Tree) -> dict:
+
+def to_flax(state: Mapping[str, np.ndarray], template: Tree, *, partial: bool = False) -> dict:
     """Arrange a state_dict as the tree of a Flax network.
 
     Args:
-        state: arrays in torch's layout by torch's names, as `read` returns them.
+        state: arrays in torch's layout by torch's names, as `read` returns them; see `match` for
+            names that differ in a prefix and for entries that belong to no layer.
         template: nested dict with str or int keys and leaves that have ``shape`` and ``dtype``.
+        partial: leaves that the state lacks are left out, instead of missed.
 
     Returns:
         A nested dict with the template's keys, shapes and element types, of contiguous arrays
-        that share no memory with ``state``. ``num_batches_tracked`` that the state lacks is 0.
+        that share no memory with ``state``. ``num_batches_tracked`` is rounded; one that is empty
+        or that the state lacks is 0.
 
     Raises:
-        WeightsError: names every missing, unexpected, misshaped or otherwise unusable tensor.
+        WeightsError: says how many tensors are missing, unexpected, misshaped or otherwise
+            unusable, and names them, the first ten of each kind.
     """
     leaves = _by_name(template)
     problems = _Problems()
-    for name in state.keys() - leaves.keys():
-        problems.add("unexpected (in the file, not in the network)", name)
-    arrays = {path: _fit(name, leaf, state, problems) for name, (path, leaf) in leaves.items()}
-    problems.raise_any()
-    return _nested(template, arrays)
+    named = _matched(state, leaves, partial, problems)
+    arrays = {
+        path: _fit(name, leaf, named, problems)
+        for name, (path, leaf) in leaves.items()
+        if not partial or name in named
+    }
+    problems.raise_any(named, leaves)
+    return _nested(template, arrays, keep_empty=not partial)
+
+
+def match(
+    state: Mapping[str, np.ndarray], template: Tree, *, partial: bool = False
+) -> dict[str, np.ndarray]:
+    """Return a state's arrays under the network's own names.
+
+    A prefix under which all of the network's names are found, such as ``model.``, is removed; with
+    ``partial`` only one that is made of usual words. Dropped are entries that belong to no layer:
+    single numbers such as ``n_averaged`` and ``epoch``, weights of a loss, counters of layers that
+    the network keeps without, and whatever lies outside the prefix.
+
+    Args:
+        state: arrays by torch's names.
+        template: as for `to_flax`.
+        partial: the state need not have all of the network's names.
+
+    Raises:
+        WeightsError: names that are not the network's, or several networks in one state.
+    """
+    leaves, problems = _by_name(template), _Problems()
+    named = _matched(state, leaves, partial, problems)
+    problems.raise_any(named, leaves)
+    return named
+
+
+def shapes(template: Tree) -> dict[str, tuple[int, ...]]:
+    """Return the shape in torch's layout of every leaf of a Flax tree, by torch's names."""
+    return {
+        name: _permuted(tuple(leaf.shape), _axes(name, len(leaf.shape), _TO_TORCH))
+        for name, (_, leaf) in _by_name(template).items()
+    }
 
 
 def from_flax(variables: Tree) -> dict[str, np.ndarray]:
@@ -52,11 +111,27 @@ def from_flax(variables: Tree) -> dict[str, np.ndarray]:
     Returns:
         Contiguous arrays in torch's layout by torch's names, in the order of the tree, numbered
         children by their number. ``num_batches_tracked`` is int64; bfloat16 becomes float32.
+
+    Raises:
+        WeightsError: names layers that are not finite and variances below zero, or two leaves
+            that have one name.
     """
-    return {
-        name: _to_torch(name, path, np.asarray(leaf))
-        for name, (path, leaf) in _by_name(variables).items()
-    }
+    leaves, problems = _by_name(variables), _Problems()
+    for name, (_, leaf) in leaves.items():
+        array = np.asarray(leaf)
+        if not _fits(array, array.dtype):
+            problems.add(_UNFIT, name)
+        elif _is_variance(name, leaves) and np.any(array < 0):
+            problems.add(_NEGATIVE, name)
+    problems.raise_any({}, leaves)
+    return {name: _to_torch(name, path, np.asarray(leaf)) for name, (path, leaf) in leaves.items()}
+
+
+_MISSING = "missing (in the network, not in the file)"
+_UNEXPECTED = "unexpected (in the file, not in the network)"
+_MISSHAPED = "misshaped"
+_UNFIT = "not finite or out of range"
+_NEGATIVE = "below zero, which no variance is"
 
 
 class _Problems:
@@ -68,16 +143,148 @@ class _Problems:
     def add(self, group: str, name: str, detail: str = "") -> None:
         self._groups.setdefault(group, []).append((name, detail))
 
-    def raise_any(self) -> None:
-        """Raise one error that lists them all, if there are any."""
+    def raise_any(self, state: Mapping[str, np.ndarray], leaves: Leaves) -> None:
+        """Raise one error that sums them up and names the first of each kind, if there are any."""
         if not self._groups:
             return
-        lines = ["the weights do not fit the network; check that the file is of this network"]
-        for group, entries in sorted(self._groups.items()):
+        counts = [f"{len(found)} {group.split(' (')[0]}" for group, found in self._ordered()]
+        classes = self._classes(state, leaves)
+        lines = [
+            f"the weights do not fit the network's {len(leaves)} tensors: {', '.join(counts)}; "
+            + self._advice(leaves, classes)
+        ]
+        for group, entries in self._ordered():
             lines.append(f"{len(entries)} {group}:")
             entries.sort(key=lambda entry: _natural(entry[0].split(".")))
-            lines.extend(f"  {name}{detail}" for name, detail in entries)
-        raise WeightsError("\n".join(lines))
+            lines.extend(f"  {shown(name)}{detail}" for name, detail in entries[:SHOWN])
+            if len(entries) > SHOWN:
+                last = shown(entries[-1][0])
+                lines.append(f"  and {len(entries) - SHOWN} more, the last of them {last}")
+        raise WeightsError("\n".join(lines), classes)
+
+    def _ordered(self) -> list[tuple[str, list[tuple[str, str]]]]:
+        return sorted(self._groups.items())
+
+    def _advice(self, leaves: Leaves, classes: int | None) -> str:
+        """Say what is the likely cause."""
+        if classes is not None:
+            return f"only the last layer differs: classes: {classes} fits the head of this file"
+        strange = [name for name, _ in self._groups.get(_UNEXPECTED, ())]
+        for part, cause in _TREATED.items():
+            if any(part in name.split(".") for name in strange):
+                return cause
+        if not self._groups.keys() & {_MISSING, _UNEXPECTED, _MISSHAPED}:
+            return "the file is of this network, but its values cannot be used"
+        missing = sum(not _is_counter(name) for name, _ in self._groups.get(_MISSING, ()))
+        if strange and missing == sum(not _is_counter(name) for name in leaves):
+            first = next(iter(leaves))
+            return (
+                f"not one name is the network's: the file has {shown(min(strange), 60)}, the "
+                f"network {first}; check that the file is of this network and has its names"
+            )
+        return "check that the file is of this network"
+
+    def _classes(self, state: Mapping[str, np.ndarray], leaves: Leaves) -> int | None:
+        """Return the classes of the file's last layer, if that alone does not fit, and by these."""
+        entries = self._groups.get(_MISSHAPED, [])
+        if len(self._groups) != 1 or len({n.rpartition(".")[0] for n, _ in entries}) != 1:
+            return None
+        pairs = set()
+        for name, _ in entries:
+            shape = tuple(leaves[name][1].shape)
+            wanted = _permuted(shape, _axes(name, len(shape), _TO_TORCH))
+            found = np.shape(state[name])
+            if len(found) != len(wanted) or found[1:] != wanted[1:]:
+                return None
+            pairs.add((found[0], wanted[0]))
+        return pairs.pop()[0] if len(pairs) == 1 and len(entries) < 3 else None
+
+
+def _matched(
+    state: Mapping[str, np.ndarray], leaves: Leaves, partial: bool, problems: _Problems
+) -> dict[str, np.ndarray]:
+    """Return the state's arrays by the network's names, after noting names that are not."""
+    wanted = {name for name in leaves if not _is_counter(name)}
+    prefix, whole = _prefix(state, wanted, partial)
+    added = "" if prefix or whole else _lost_prefix(state, wanted, partial)
+    named = {}
+    for name, value in state.items():
+        inner = added + name.removeprefix(prefix)
+        if not name.startswith(prefix):
+            if not whole:
+                problems.add(_UNEXPECTED, name)
+        elif inner in leaves:
+            named[inner] = value
+        elif not _is_no_layer(inner, np.asarray(value), leaves):
+            problems.add(_UNEXPECTED, name)
+    return named
+
+
+def _prefix(state: Mapping[str, Any], wanted: set[str], partial: bool) -> tuple[str, bool]:
+    """Find the prefix of the network's names, and tell whether all of them have it."""
+    counts: Counter[str] = Counter()
+    for name in state:
+        parts = name.split(".")
+        for i in range(len(parts)):
+            if ".".join(parts[i:]) in wanted:
+                counts["".join(f"{part}." for part in parts[:i])] += 1
+    whole = [prefix for prefix, count in counts.items() if count == len(wanted)]
+    if "" in whole:
+        return "", True
+    if len(whole) > 1:
+        names = ", ".join(shown(prefix.rstrip("."), 40) for prefix in sorted(whole)[:SHOWN])
+        raise WeightsError(f"there are several such networks ({names}): {CHOOSE}")
+    if whole:
+        return whole[0], True
+    if partial:
+        # A part of a network may fit another part by chance.
+        for prefix in [p for p in counts if not set(p.split(".")[:-1]) <= _WRAPPERS]:
+            del counts[prefix]
+    # Of prefixes that fit equally the shortest.
+    return max(counts, key=lambda p: (counts[p], -len(p)), default=""), False
+
+
+CHOOSE = (
+    "choose one by its name, read(path, key=NAME), or write it to a file of its own with "
+    "jinv convert-weights --key NAME"
+)
+
+
+def _lost_prefix(state: Mapping[str, Any], wanted: set[str], partial: bool) -> str:
+    """Find the prefix that all of the network's own names have, and those of the file lack."""
+    first = min(wanted, default="").split(".")
+    for i in range(1, len(first)):
+        prefix = "".join(f"{part}." for part in first[:i])
+        if not all(name.startswith(prefix) for name in wanted):
+            break
+        inner = {name.removeprefix(prefix) for name in wanted}
+        if inner <= state.keys() or (
+            partial and state.keys() & inner and not state.keys() & wanted
+        ):
+            return prefix
+    return ""
+
+
+def _is_counter(name: str) -> bool:
+    return name.rpartition(".")[2] == _COUNTER
+
+
+def _is_variance(name: str, names: Mapping[str, Any]) -> bool:
+    """Tell whether a leaf is torch's running variance, or Flax's, which has a mean beside it."""
+    layer, _, last = name.rpartition(".")
+    return last == "running_var" or (last == "var" and f"{layer}.mean" in names)
+
+
+def _is_no_layer(name: str, value: np.ndarray, leaves: Leaves) -> bool:
+    """Tell whether an entry that is not of the network is clearly no part of another one."""
+    first, _, rest = name.partition(".")
+    if _is_counter(name):
+        layer = name.removesuffix(_COUNTER)
+        return any(f"{layer}{last}" in leaves for last in ("running_mean", "mean", "weight"))
+    if rest:
+        return first in _OBJECTIVES
+    whole = _kind(value.dtype) == "int" and value.size == 1
+    return value.size <= 1 and (whole or bool(_BOOKKEEPING & set(name.split("_"))))
 
 
 def _fit(
@@ -85,21 +292,30 @@ def _fit(
 ) -> np.ndarray | None:
     """Return one leaf's array, or None after noting why there is none."""
     shape, dtype = tuple(leaf.shape), np.dtype(leaf.dtype)
+    counter = _is_counter(name)
     if name not in state:
-        if name.split(".")[-1] == _COUNTER:
+        if counter:
             return np.zeros(shape, dtype)
-        problems.add("missing (in the network, not in the file)", name)
+        problems.add(_MISSING, name)
         return None
     array = np.asarray(state[name])
     wanted = _permuted(shape, _axes(name, len(shape), _TO_TORCH))
+    if counter and array.size <= 1 and math.prod(shape) == 1:
+        # Servers average counters, and lose or add an axis.
+        array = np.asarray(array if array.size else 0).reshape(shape)
+        if _kind(array.dtype) == "float":
+            array = np.rint(array.astype(np.float64))
     if array.shape != wanted:
-        problems.add("misshaped", name, f": file {array.shape}, network {wanted}")
+        problems.add(_MISSHAPED, name, f": file {array.shape}, network {wanted}")
         return None
-    if _kind(array.dtype) != _kind(dtype):
+    if _kind(array.dtype) != _kind(dtype) and not (counter and _kind(array.dtype) == "float"):
         problems.add("of the wrong type", name, f": file {array.dtype}, network {dtype}")
         return None
     if not _fits(array, dtype):
-        problems.add("not finite, or out of range", name, f": as {dtype}")
+        problems.add(_UNFIT, name, f": as {dtype}")
+        return None
+    if _is_variance(name, state) and array.size and array.min() < 0:
+        problems.add(_NEGATIVE, name)
         return None
     axes = _axes(name, array.ndim, _TO_FLAX)
     return array.transpose(axes).astype(dtype, order="C", copy=True)
@@ -107,11 +323,13 @@ def _fit(
 
 def _fits(array: np.ndarray, dtype: np.dtype) -> bool:
     """Tell whether all values are finite and stay so in ``dtype``."""
+    if not np.isfinite(array).all():
+        return False
     if _kind(dtype) == "int" and array.size:
         limits = np.iinfo(dtype)
         return int(array.min()) >= limits.min and int(array.max()) <= limits.max
     with np.errstate(over="ignore"):
-        return bool(np.isfinite(array).all() and np.isfinite(array.astype(dtype)).all())
+        return bool(np.isfinite(array.astype(dtype)).all())
 
 
 def _kind(dtype: np.dtype) -> str:
@@ -122,7 +340,7 @@ def _kind(dtype: np.dtype) -> str:
 
 def _to_torch(name: str, path: Path, array: np.ndarray) -> np.ndarray:
     if path[-1] == _COUNTER:
-        return array.astype(np.int64, order="C")
+        return np.rint(array).astype(np.int64, order="C")
     dtype = np.dtype(np.float32) if array.dtype.name == "bfloat16" else array.dtype
     return array.transpose(_axes(name, array.ndim, _TO_TORCH)).astype(dtype, order="C")
 
@@ -137,8 +355,9 @@ def _permuted(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:
 
 
 def _natural(path: Sequence[str | int]) -> list[tuple[float, str]]:
-    """Sort key: numbers by value and before words."""
-    return [(int(k), "") if str(k).isdecimal() else (math.inf, str(k)) for k in path]
+    """Sort key: numbers by value and before words, of which a layer's weight is the first."""
+    words = [str(k) if k != "weight" else "" for k in path]
+    return [(int(word), "") if word.isdecimal() else (math.inf, word) for word in words]
 
 
 def _by_name(tree: Tree) -> dict[str, tuple[Path, Any]]:
@@ -163,11 +382,17 @@ def _walk(tree: Tree, path: Path) -> Iterator[tuple[Path, Any]]:
             yield (*path, key), tree[key]
 
 
-def _nested(tree: Tree, arrays: Mapping[Path, np.ndarray | None], path: Path = ()) -> dict:
-    """Copy the tree's nesting, empty dicts included, with arrays for leaves."""
+def _nested(
+    tree: Tree, arrays: Mapping[Path, np.ndarray | None], path: Path = (), *, keep_empty: bool
+) -> dict:
+    """Copy the tree's nesting with arrays for leaves that have one, and perhaps empty dicts."""
     result: dict[Any, Any] = {}
     for key, child in tree.items():
         here = (*path, key)
-        inner = isinstance(child, Mapping)
-        result[key] = _nested(child, arrays, here) if inner else arrays[here]
+        if isinstance(child, Mapping):
+            inner = _nested(child, arrays, here, keep_empty=keep_empty)
+            if inner or keep_empty:
+                result[key] = inner
+        elif here in arrays:
+            result[key] = arrays[here]
     return result
