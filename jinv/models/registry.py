@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 import weights_convert
@@ -129,6 +131,9 @@ _REGISTRY: dict[str, Entry] = {
 }
 
 
+_ZOO = tuple(_REGISTRY)
+
+
 def names() -> tuple[str, ...]:
     """Names that `load` knows."""
     return tuple(_REGISTRY)
@@ -218,7 +223,8 @@ def load(
       seed: of random weights.
 
     Raises:
-      ValueError: unknown name, or weights that do not fit (every key is named).
+      ValueError: unknown name, or weights that do not fit (the message says why, and which
+        network or how many classes they fit).
       FileNotFoundError: the package that holds the weights is not installed.
     """
     if own.names_one(name):
@@ -231,7 +237,7 @@ def load(
     preprocessing = preprocessing or found.preprocessing
     if weights is None:
         return _net(build(rngs=nnx.Rngs(seed)), preprocessing, name)
-    path = packaged_weights(name) if weights == "package" else Path(weights)
+    path = packaged_weights(name) if weights == "package" else weights
     variables = _read(name, path, template(name, classes))
     model = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
     nnx.update(model, variables)
@@ -245,11 +251,32 @@ def _net(model: nnx.Module, preprocessing: Preprocessing, name: str) -> Net:
 
 def _read(name: str, path: str | Path, wanted: Variables) -> dict[str, Any]:
     """The file's weights as the network's variables, on the device."""
-    state = weights_convert.read(Path(path))
+    state = weights_convert.read(path)
     try:
         return jax.tree.map(jnp.asarray, weights_convert.to_flax(state, wanted))
     except weights_convert.WeightsError as error:
-        raise weights_convert.WeightsError(f"{path} does not fit {name}: {error}") from None
+        meant = "" if error.classes else _meant(name, state, wanted)
+        raise weights_convert.WeightsError(
+            f"{path} does not fit {name}: {meant}{error}", error.classes
+        ) from None
+
+
+_template = functools.cache(template)  # of the zoo's networks, to compare weights with
+
+
+def _meant(name: str, state: Mapping[str, np.ndarray], wanted: Variables) -> str:
+    """Say which other network of the zoo the weights fit, if they are far from this one's."""
+    shapes = Counter(weights_convert.shapes(wanted).values())
+    if (shapes & Counter(value.shape for value in state.values())).total() > 0.9 * shapes.total():
+        return ""
+    for other in (known for known in reversed(_ZOO) if known != name):  # small ones first
+        try:
+            weights_convert.to_flax(state, _template(other))
+            return f"it is of {other}; "
+        except weights_convert.WeightsError as error:
+            if error.classes:
+                return f"it is of {other} with classes: {error.classes}; "
+    return ""
 
 
 def packaged_weights(name: str) -> Path:

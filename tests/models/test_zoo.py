@@ -427,12 +427,23 @@ def test_other_number_of_classes_is_refused_by_name(tmp_path: Path) -> None:
     message = str(error.value)
     for part in (str(path), "resnet20_cifar", "linear.weight", "linear.bias", "10", "7"):
         assert part in message
+    assert "classes: 10 fits the head of this file" in message.splitlines()[0]
 
 
 def test_weights_of_another_network_are_refused_by_name(tmp_path: Path) -> None:
     path = weights_file("resnet20_cifar", tmp_path / "twenty.pth", classes=10)
     with pytest.raises(weights_convert.WeightsError, match=r"twenty\.pth does not fit resnet18"):
         models.load("resnet18_cifar", path)
+
+
+@pytest.mark.parametrize("classes", [10, 6])
+def test_the_network_that_weights_are_of_is_named(tmp_path: Path, classes: int) -> None:
+    """By names and shapes: a slim ResNet-18 has the names of the wide one."""
+    path = weights_file("resnet18_cifar_slim", tmp_path / "w.pth", classes=classes)
+    told = "it is of resnet18_cifar_slim" + (";" if classes == 10 else " with classes: 6;")
+    for name in ("resnet18_cifar", "lenet", "vgg11"):
+        with pytest.raises(weights_convert.WeightsError, match=rf"\A.*fit {name}: {told}"):
+            models.load(name, path)
 
 
 def test_load_with_own_classes_and_preprocessing(tmp_path: Path) -> None:

@@ -389,7 +389,7 @@ def test_a_refused_extension_loses_nothing(
     shutil.rmtree(tmp_path / "features")
     save_features(tmp_path / "features", images=90)
     assert run(tmp_path, recipe, "--resume", "--seeds", "5") == 2
-    assert "holds other models: origin.fingerprint" in capsys.readouterr().err
+    assert "Different: features (its files hold something else" in capsys.readouterr().err
     for name, content in kept.items():
         assert (tmp_path / "out" / name).read_bytes() == content
 
