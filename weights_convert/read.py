@@ -14,6 +14,7 @@ from typing import IO, Any
 import numpy as np
 
 from weights_convert.errors import WeightsError, shown
+from weights_convert.layout import CHOOSE
 from weights_convert.safetensors_files import looks_like_safetensors, read_safetensors
 from weights_convert.tensors import Contents, Tensor, check_tensor, check_total, to_array
 from weights_convert.torch_files import read_legacy, read_zip
@@ -41,7 +42,7 @@ _SIGNATURES = {
 }
 
 
-def read(path: str | PathLike[str]) -> dict[str, np.ndarray]:
+def read(path: str | PathLike[str], *, key: str | None = None) -> dict[str, np.ndarray]:
     """Read a weight file.
 
     The weights may lie in a wrapper such as ``{"state_dict": ..., "epoch": ...}``, whose other
@@ -50,6 +51,8 @@ def read(path: str | PathLike[str]) -> dict[str, np.ndarray]:
 
     Args:
         path: a ``.pth``/``.pt`` file of any torch version, or a ``.safetensors`` file.
+        key: of a file with several networks, the name of the one that is wanted: ``ema`` of
+            ``{"model": ..., "ema": ...}``, or ``teacher`` where its names begin with ``teacher.``.
 
     Returns:
         Arrays in torch's layout by torch's names, in the file's order, each with its own memory.
@@ -57,9 +60,9 @@ def read(path: str | PathLike[str]) -> dict[str, np.ndarray]:
     Raises:
         WeightsError: the file cannot be read; the message says why and what to do.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
-        return _read(path)
+        return _read(path, key)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from None
     except OSError as error:
@@ -70,7 +73,7 @@ def read(path: str | PathLike[str]) -> dict[str, np.ndarray]:
         ) from None
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
+def _read(path: Path, key: str | None) -> dict[str, np.ndarray]:
     if path.is_dir():
         raise WeightsError("is a folder; give the weight file inside it")
     if not path.exists():
@@ -82,10 +85,10 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     with path.open("rb") as file:
         # Mapped, not read: a view that runs past the end is short, whatever the file claims.
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return _unpack(file, mapped)
+        return _unpack(file, mapped, key)
 
 
-def _unpack(file: IO[bytes], mapped: mmap.mmap) -> dict[str, np.ndarray]:
+def _unpack(file: IO[bytes], mapped: mmap.mmap, key: str | None) -> dict[str, np.ndarray]:
     data = memoryview(mapped)
     start = bytes(data[:512])
     if looks_like_safetensors(start):
@@ -96,7 +99,8 @@ def _unpack(file: IO[bytes], mapped: mmap.mmap) -> dict[str, np.ndarray]:
         contents = read_legacy(mapped, data)  # type: ignore[arg-type]
     else:
         raise WeightsError(_diagnosis(start))
-    return _arrays(contents, _checked_names(_find(contents.saved)), len(data))
+    found = _find(contents.saved) if key is None else _chosen(contents.saved, key)
+    return _arrays(contents, _checked_names(found), len(data))
 
 
 def _diagnosis(start: bytes) -> str:
@@ -120,6 +124,23 @@ def _tensors(saved: object) -> dict[str, Tensor]:
     return {k: v for k, v in saved.items() if isinstance(k, str) and isinstance(v, Tensor)}
 
 
+def _chosen(saved: Any, key: str) -> dict[str, Tensor]:
+    """Return the network of this name: a dict in the saved object, or a part of its tensors."""
+    inside = saved.get(key) if isinstance(saved, dict) else None
+    if isinstance(inside, dict):
+        return _find(inside)
+    tensors = _find(saved)
+    begin = f"{key}."
+    if part := {n.removeprefix(begin): t for n, t in tensors.items() if n.startswith(begin)}:
+        return part
+    dicts = [str(name) for name, value in saved.items() if isinstance(value, dict)]
+    names = sorted(dicts or {name.partition(".")[0] for name in tensors})
+    raise WeightsError(
+        f"has nothing called {shown(key)!r}; there are: "
+        + ", ".join(shown(name, 40) for name in names[:10])
+    )
+
+
 def _find(saved: Any) -> dict[str, Tensor]:
     """Return the dict of tensors in a saved object."""
     if found := _find_wrapped(saved, set()) or _tensors(saved):
@@ -130,10 +151,17 @@ def _find(saved: Any) -> dict[str, Tensor]:
     named = {str(k): tensors for k, v in candidates.values() if (tensors := _tensors(v))}
     if len(named) > 1:
         names = ", ".join(shown(name, 40) for name in list(named)[:10])
-        raise WeightsError(f"holds several networks ({names}); save the one you want alone")
-    if not named:
-        raise WeightsError("holds no tensors; save model.state_dict()")
-    return next(iter(named.values()))
+        raise WeightsError(f"holds several networks ({names}): {CHOOSE}")
+    if named:
+        return next(iter(named.values()))
+    if "param_groups" in saved or ("optimizer" in saved and not named):
+        raise WeightsError("holds an optimizer's state but no weights; save model.state_dict()")
+    if any(isinstance(v, list) and any(isinstance(t, Tensor) for t in v) for v in saved.values()):
+        raise WeightsError(
+            "holds lists of tensors without names, as an EMA keeps its shadow_params; copy them "
+            "into the network and save model.state_dict()"
+        )
+    raise WeightsError("holds no tensors; save model.state_dict()")
 
 
 def _find_wrapped(saved: object, seen: set[int]) -> dict[str, Tensor]:
@@ -144,8 +172,24 @@ def _find_wrapped(saved: object, seen: set[int]) -> dict[str, Tensor]:
     for name in WRAPPERS:
         inner = saved.get(name)
         if found := _find_wrapped(inner, seen) or _tensors(inner):
+            _check_alone(saved, name, found)
             return found
     return {}
+
+
+def _check_alone(saved: dict, chosen: str, found: dict[str, Tensor]) -> None:
+    """Refuse a file with another network of the same layers: which is meant, it does not say."""
+    names = _without_prefix(found).keys()
+    others = {id(v): (k, v) for k, v in saved.items() if v is not saved[chosen]}
+    several = [chosen]
+    for key, value in others.values():
+        inside = [value, *(value.get(name) for name in WRAPPERS)] if isinstance(value, dict) else []
+        rivals = (_without_prefix(_tensors(part)).keys() & names for part in inside)
+        if any(2 * len(shared) > len(names) for shared in rivals):
+            several.append(str(key))
+    if len(several) > 1:
+        listed = ", ".join(shown(name, 40) for name in several[:10])
+        raise WeightsError(f"holds several networks of the same layers ({listed}): {CHOOSE}")
 
 
 def _checked_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -161,9 +205,13 @@ def _checked_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in PREFIXES:
-        if all(name.startswith(prefix) and name != prefix for name in tensors):
-            return _without_prefix({n.removeprefix(prefix): t for n, t in tensors.items()})
+    for _ in range(MAX_NAME):
+        for prefix in PREFIXES:
+            if tensors and all(n.startswith(prefix) and n != prefix for n in tensors):
+                tensors = {n.removeprefix(prefix): t for n, t in tensors.items()}
+                break
+        else:
+            break
     return tensors
 
 

@@ -44,7 +44,7 @@ def write(path: str | PathLike[str], state: Mapping[str, np.ndarray]) -> None:
     Raises:
         WeightsError: unknown suffix, an element type the format lacks, or no place to write.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     writers = {".pth": (_write_pth, _STORAGES), ".pt": (_write_pth, _STORAGES)}
     writers[".safetensors"] = (_write_safetensors, _SAFETENSORS)
     if path.suffix not in writers:

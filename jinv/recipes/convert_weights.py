@@ -71,6 +71,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--classes", type=int, metavar="N", help="if not the network's usual number"
     )
+    parser.add_argument("--key", metavar="NAME", help="which network of a file that holds several")
     parser.add_argument("--list", action="store_true", help="print the file's tensors and stop")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     args = parser.parse_args(arguments)
@@ -100,13 +101,13 @@ def describe(state: Mapping[str, np.ndarray]) -> str:
     return "\n".join(f"{name:<{width}}  {a.shape}  {a.dtype}" for name, a in state.items())
 
 
-def fitted(source: Path, network: Mapping) -> dict[str, np.ndarray]:
+def fitted(source: Path, network: Mapping, key: str | None = None) -> dict[str, np.ndarray]:
     """Read a file and return its tensors with the network's shapes and types.
 
     Raises:
-      WeightsError: the file cannot be read, or does not fit; every tensor is named.
+      WeightsError: the file cannot be read, or does not fit; the message says why.
     """
-    state = read(source)
+    state = read(source, key=key)
     try:
         return from_flax(to_flax(state, network))
     except WeightsError as error:
@@ -156,10 +157,10 @@ def _tells_of(summary: Path, target: Path) -> bool:
 def convert(args: argparse.Namespace) -> Summary:
     """Convert one file and return its summary, which is also written."""
     start = time.perf_counter()
-    source, target = args.input, args.output
+    source, target = args.input.expanduser(), args.output.expanduser()
     check_free(target, args.overwrite)
     digest = sha256(source) if source.is_file() else ""
-    state = fitted(source, template(args.model, args.classes))
+    state = fitted(source, template(args.model, args.classes), args.key)
     target.parent.mkdir(parents=True, exist_ok=True)
     write(target, state)
     trained = [a for name, a in state.items() if name.split(".")[-1] not in BUFFERS]
@@ -183,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     try:
         if args.list:
-            print(describe(read(args.input)))
+            print(describe(read(args.input, key=args.key)))
             return 0
         summary = convert(args)
     except (WeightsError, OSError) as error:
