@@ -46,7 +46,8 @@ class Network:
         Raises:
           ValueError: it cannot be loaded; the message says why.
         """
-        key = (self.model, self.weights, self.classes, self.label, *_stamps(Path(self.weights)))
+        weights = Path(self.weights).expanduser()
+        key = (self.model, self.weights, self.classes, self.label, *_stamps(weights))
         net = _HELD.get(key)
         if net is None:
             _HELD[key] = net = self._read()
@@ -54,7 +55,7 @@ class Network:
 
     def _read(self) -> Net:
         try:
-            if Path(self.weights).is_dir():
+            if Path(self.weights).expanduser().is_dir():
                 net = trained.load_trained(self.weights)
                 if net.name != self.model:
                     raise ValueError(f"{self.weights} holds a {net.name}, not a {self.model}")

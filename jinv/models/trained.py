@@ -20,7 +20,7 @@ def load_trained(folder: str | Path) -> Net:
     Raises:
       ValueError: the folder holds no finished run.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     try:
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
         told: dict[str, Any] = {

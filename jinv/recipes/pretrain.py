@@ -378,7 +378,7 @@ def _source(model: str, weights: str) -> Net:
       ValueError: there is none, or it is another.
       FileNotFoundError: the package that holds the weights is not installed.
     """
-    if Path(weights).is_dir():
+    if Path(weights).expanduser().is_dir():
         net = models.load_trained(weights)
         if net.name != model:
             raise ValueError(f"{weights} holds a {net.name}, not a {model}")

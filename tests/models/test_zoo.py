@@ -446,6 +446,17 @@ def test_the_network_that_weights_are_of_is_named(tmp_path: Path, classes: int) 
             models.load(name, path)
 
 
+def test_paths_may_begin_with_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    weights_file("lenet", tmp_path / "w.pth", classes=10)
+    assert models.load("lenet", "~/w.pth").classes == 10
+    assert models.Network("lenet", "~/w.pth").load().name == "lenet"
+    with pytest.raises(ValueError, match="no trained network"):
+        models.Network("lenet", "~").load()
+
+
 def test_load_with_own_classes_and_preprocessing(tmp_path: Path) -> None:
     path = weights_file("resnet20_cifar", tmp_path / "seven.pth", classes=7)
     mine = image.Preprocessing(size=40, mean=(0.5,) * 3, std=(0.25,) * 3)
