@@ -279,6 +279,52 @@ def _meant(name: str, state: Mapping[str, np.ndarray], wanted: Variables) -> str
     return ""
 
 
+_OF_TORCH = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+
+
+def state_dict_names(net: Net) -> tuple[str, ...]:
+    """Return the names of a network of the zoo in the order of torch's `state_dict()`.
+
+    Raises:
+      ValueError: the order is not known, because the network is not of the zoo.
+    """
+    wanted = weights_convert.shapes(net.variables).keys()
+    # A config may give a network another name.
+    named = [net.name] if net.name in _REGISTRY else []
+    of_torch = {name.rpartition(".")[2] for name in wanted} <= _OF_TORCH
+    for name in (*named, *(reversed(_ZOO) if of_torch else ())):
+        if set(found := _in_order(name)) == wanted:
+            return found
+    raise ValueError(
+        f"the order of the arrays of {net.name} is not known, because it is no network of the zoo: "
+        "give their names, those of torch's model.state_dict(), too"
+    )
+
+
+@functools.cache
+def _in_order(name: str) -> tuple[str, ...]:
+    """A network's names in the order in which its modules define them, as torch lists them."""
+    names: list[str] = []
+
+    def walk(module: nnx.Module, path: str) -> None:
+        parts = vars(module)
+        for key, value in parts.items():
+            if isinstance(value, nnx.Variable):
+                names.append(f"{path}{key}")
+        for key, value in parts.items():
+            if isinstance(value, nnx.List):
+                for i, item in enumerate(value):
+                    walk(item, f"{path}{key}.{i}.")
+            elif isinstance(value, nnx.Module):
+                walk(value, f"{path}{key}.")
+
+    def build() -> None:
+        walk(entry(name).build(classes=entry(name).classes, rngs=nnx.Rngs(0)), "")
+
+    jax.eval_shape(build)
+    return tuple(names)
+
+
 def packaged_weights(name: str) -> Path:
     """Return the path of a network's weights inside its installed package, checksum verified.
 

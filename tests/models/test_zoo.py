@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import math
+import types
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -463,3 +464,23 @@ def test_load_with_own_classes_and_preprocessing(tmp_path: Path) -> None:
     net = models.load("resnet20_cifar", path, classes=7, preprocessing=mine)
     assert (net.name, net.classes, net.preprocessing) == ("resnet20_cifar", 7, mine)
     assert net(jnp.zeros((2, 40, 40, 3))).logits.shape == (2, 7)
+
+
+def test_names_come_in_the_order_of_torchs_state_dict() -> None:
+    """Statistics and counters where torch has them."""
+    torch = pytest.importorskip("torch")
+    torchvision = pytest.importorskip("torchvision")
+    import torch_peers
+
+    for name in models.names():
+        net: Any = types.SimpleNamespace(name=name, variables=models.template(name))
+        found = models.registry.state_dict_names(net)
+        if hasattr(torchvision.models, name):
+            with torch.device("meta"):
+                theirs = torchvision.models.get_model(name).state_dict()
+        else:
+            with torch.device("meta"):
+                theirs = torch_peers.build(name).state_dict()
+        assert found == tuple(theirs), name
+        shapes = weights_convert.shapes(net.variables)
+        assert {n: tuple(v.shape) for n, v in theirs.items()} == shapes
