@@ -86,7 +86,8 @@ def head_of(net: Net, evidence: Evidence, scaled: bool = False) -> Head:
     """Find the last linear layer of a network, with what the evidence says of it.
 
     A weight update of T local SGD steps counts as the mean of their gradients, -update / (lr T),
-    at weights half-way between those before and after (as arXiv 2206.12395 interpolates).
+    at weights half-way between those before and after (as arXiv 2206.12395 interpolates); that of
+    one step is its gradient, at the weights before.
 
     Raises:
       ValueError: the network's head is not known, and no linear layer, or several, give its
@@ -110,9 +111,10 @@ def head_of(net: Net, evidence: Evidence, scaled: bool = False) -> Head:
         before, change = before[key], change[key]
     local = evidence.local
     scale = 1.0 if local is None else -1 / (local.lr * len(local.batches))
+    share = 0.0 if local is None or len(local.batches) == 1 else 0.5
 
     def halfway(name: Any) -> np.ndarray:
-        return np.asarray(before[name]) + (0.0 if local is None else np.asarray(change[name]) / 2)
+        return np.asarray(before[name]) + share * np.asarray(change[name])
 
     return Head(
         halfway(weight),

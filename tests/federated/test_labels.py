@@ -174,6 +174,24 @@ def test_an_update_is_read_halfway_through_its_steps() -> None:
     assert exact["halfway"] >= exact["start"] + 3
 
 
+@pytest.mark.parametrize("method", labels.METHODS)
+def test_one_local_step_says_what_its_gradient_says(method: str) -> None:
+    """It was taken at the weights before; also where the step is so long that they jump."""
+    net = models.load("lenet", None)
+    local = Local(64.0, ((0, 1, 2, 3, 4, 5, 6, 7),))
+    for seed in range(3):
+        chosen = np.random.default_rng(seed).integers(0, 10, 8).tolist()
+        images = tiny.noise((8, 28, 28, 1), seed)
+        gradient, _ = evidence.simulate(net, images, chosen)
+        update = jax.tree.map(lambda g: -local.lr * g, gradient.values)
+        one = labels.head_of(net, gradient)
+        other = labels.head_of(net, Evidence(update, 8, local=local))
+        np.testing.assert_array_equal(one.weight, other.weight)
+        np.testing.assert_array_equal(one.bias, other.bias)
+        np.testing.assert_array_equal(one.weight_gradient, other.weight_gradient)
+        np.testing.assert_array_equal(labels.restore(one, method), labels.restore(other, method))
+
+
 def test_orders_are_all_the_ways_to_share_classes_among_batches() -> None:
     batches = ((0, 1), (2, 3), (0, 1))
     found = labels.orders([1, 2, 3, 4], batches, most=50)
