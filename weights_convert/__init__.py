@@ -1,8 +1,18 @@
 """Weight files of the torch world to Flax variables and back, in NumPy alone."""
 
+from weights_convert.arrays import read_arrays
 from weights_convert.errors import WeightsError
 from weights_convert.layout import from_flax, match, shapes, to_flax
 from weights_convert.read import read
 from weights_convert.write import write
 
-__all__ = ["WeightsError", "from_flax", "match", "read", "shapes", "to_flax", "write"]
+__all__ = [
+    "WeightsError",
+    "from_flax",
+    "match",
+    "read",
+    "read_arrays",
+    "shapes",
+    "to_flax",
+    "write",
+]

@@ -27,6 +27,7 @@ from jinv import checks, image, optimise, parallel, schedules
 from jinv.checks import Count, Natural, NotNegative, Positive, Share
 from jinv.federated import defences, registration
 from jinv.federated import evidence as evidences
+from jinv.federated import layers as layer_names
 from jinv.federated.defences import Defence
 from jinv.federated.evidence import Circumstances, Evidence
 from jinv.net import Net, as_parameters, check_size
@@ -65,6 +66,7 @@ class Config:
         "squared_l2": of the squares; "cosine": 1 - <g, g*> / (||g|| ||g*||) over all layers.
       gradient: weight of the distance; 0 leaves the other terms alone (the BN-only ablation).
       layers: factor of each layer by the beginning of its name, such as {"fc": 0}; 1 for others.
+        Names are the network's own, those of the zoo torch's: `layer4.0.conv1`. The longest counts.
       tv_l2, tv_l1, l2: weights of the image priors.
       batch_norm: weight of the BatchNorm prior, against what the evidence knows of moments.
       first_bn_multiplier: further weight of the first BatchNorm layer.
@@ -233,13 +235,19 @@ def _matches(found: Any, wanted: Any) -> list[gradient_matching.Match]:
 
 def _factors(tree: Any, layers: Mapping[str, float]) -> list[float]:
     """Every leaf's factor: that of the longest beginning of its name that is given, else 1."""
+    names = [
+        ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+        for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+    for begin in layers:
+        if not any(layer_names.begins(name, begin) for name in names):
+            raise ValueError(f"layers: {layer_names.no_layer(begin, names)}")
 
-    def factor(path: tuple[Any, ...]) -> float:
-        name = ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
-        fitting = [begin for begin in layers if name == begin or name.startswith(f"{begin}.")]
+    def factor(name: str) -> float:
+        fitting = [begin for begin in layers if layer_names.begins(name, begin)]
         return layers[max(fitting, key=len)] if fitting else 1.0
 
-    return [factor(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    return list(map(factor, names))
 
 
 Labels = Sequence[int] | Sequence[Sequence[int]] | None
@@ -314,11 +322,16 @@ class Attack:
         Raises:
           ValueError: evidence or labels that the program does not fit.
         """
-        evidence.check(self.net)
+        evidence = evidence.fitted(self.net)
         if evidence.circumstances != self.circumstances:
             raise ValueError(
                 f"the attack fits {self.circumstances}; the evidence is of {evidence.circumstances}"
             )
+        structures: list[Any] = [
+            jax.tree.structure(values) for values in (evidence.values, self.data.wanted)
+        ]
+        if structures[0] != structures[1]:
+            raise ValueError("the attack compares other layers than those of this evidence")
         joint = isinstance(self.data.labels, tuple)
         if (labels is None) != joint:
             raise ValueError(f"labels are {'optimised' if joint else 'known'} in this attack")
@@ -364,7 +377,7 @@ def build(
       ValueError: what does not fit together.
     """
     execution = execution or Execution()
-    evidence.check(net)
+    evidence = evidence.fitted(net)
     data = _data(config, net, evidence, labels)
     _check(config, evidence, data, execution)
     if config.batch_norm:
@@ -422,6 +435,8 @@ def _check(config: Config, evidence: Evidence, data: Data, execution: Execution)
         )
     if config.gradient and not any(_factors(data.wanted, config.layers)):
         raise ValueError("every layer's factor is 0: set gradient: 0 to leave the gradient out")
+    if config.gradient and not any(map(np.any, jax.tree.leaves(evidence.values))):
+        raise ValueError("every value of the evidence is 0: there is nothing to invert")
     if not config.gradient and not data.moments:
         raise ValueError(
             "nothing ties the images to the evidence: the gradient weighs 0 and no moments of "
@@ -664,7 +679,7 @@ class _Objective:
 
         return gradient_matching.compare(
             loss,
-            evidences.parameters(net, data.variables),
+            evidences.within(evidences.parameters(net, data.variables), data.wanted),
             data.wanted,
             (images, labels),
             form=self.execution.gradients,
@@ -681,5 +696,6 @@ class _Objective:
             training=self.circumstances.training,
             local=self.circumstances.local,
             at_once=self.execution.images_at_once,
+            trained=data.wanted,
         )
         return found if self.defence is None else defences.as_sent(self.defence, found, data.wanted)

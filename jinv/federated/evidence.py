@@ -7,9 +7,15 @@ images; files carry evidence that was captured elsewhere.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import difflib
+import inspect
 import json
-from collections.abc import Callable, Sequence
+import math
+import numbers
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,8 +25,11 @@ import numpy as np
 from jax import Array, lax
 
 import weights_convert
-from jinv import checks
+from jinv import checks, image
+from jinv.federated import layers, moments
+from jinv.federated.moments import moments_of_update
 from jinv.files import write_atomic
+from jinv.models import registry
 from jinv.net import (
     Moments,
     Net,
@@ -33,6 +42,7 @@ from jinv.net import (
 )
 from jinv.objective.terms import cross_entropy
 
+__all__ = ["moments_of_update"]
 Statistics = Literal["none", "running", "exact", "update"]
 _WITH_MOMENTS = ("exact", "update")
 
@@ -50,8 +60,39 @@ class Local:
     batches: tuple[tuple[int, ...], ...]
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or not self.batches or not all(self.batches):
-            raise ValueError("local training needs a positive lr and steps of at least one image")
+        if not _is_number(self.lr) or not 0 < self.lr < math.inf:
+            raise ValueError(f"local training needs a positive lr, not {self.lr!r}")
+        object.__setattr__(self, "lr", float(self.lr))
+        if not _is_list(self.batches) or not all(map(_is_list, self.batches)):
+            raise ValueError(
+                f"local batches are lists of image numbers, one a step, not {self.batches!r}"
+            )
+        batches = tuple(tuple(_whole("an image", i) for i in batch) for batch in self.batches)
+        if not batches or not all(batches):
+            raise ValueError("local training needs steps of at least one image each")
+        object.__setattr__(self, "batches", batches)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim > 0)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _whole(what: str, value: Any) -> int:
+    """Return a whole number of Python's, also of NumPy's; ValueError if it is another thing."""
+    if not isinstance(value, bool | np.bool_):
+        with contextlib.suppress(TypeError):
+            return operator.index(value)
+    raise ValueError(f"{what} must be a whole number, not {value!r}")
+
+
+def _truth(what: str, value: Any) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{what} is true or false, not {value!r}")
+    return bool(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,13 +100,14 @@ class Circumstances:
     """How evidence came to be: all of `Evidence` but its numbers. An attack's program fits these.
 
     Attributes:
-      images, training, statistics, local: see `Evidence`.
+      images, training, statistics, local, frozen: see `Evidence`.
     """
 
     images: int
     training: bool
     statistics: Statistics
     local: Local | None
+    frozen: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +116,7 @@ class Evidence:
 
     Attributes:
       values: tree like the network's `parameters`: the gradient of the mean cross-entropy, or with
-        `local` the weights after minus before.
+        `local` the weights after minus before. Layers that are absent were not trained.
       images: K, how many images are behind it.
       training: the victim's BatchNorm layers normalised with the batch's own moments.
       statistics: what is known of the moments at BatchNorm layers: "none"; the network's "running"
@@ -82,6 +124,9 @@ class Evidence:
         running statistics, "update".
       moments: of every BatchNorm layer in forward order, for "exact" and "update".
       local: circumstances of a weight update, None for a gradient.
+      frozen: beginnings of the names of layers that are absent because they were not trained. They
+        need no mention where they are whole parts of the network, the first or last of numbered
+        layers, or all BatchNorm layers.
     """
 
     values: Parameters
@@ -90,32 +135,56 @@ class Evidence:
     statistics: Statistics = "none"
     moments: tuple[Moments, ...] | None = None
     local: Local | None = None
+    frozen: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "images", _whole("images", self.images))
+        object.__setattr__(self, "training", _truth("training", self.training))
         checks.fields(self)
         if self.images < 1:
             raise ValueError(f"evidence is of at least one image, not {self.images}")
         if (self.moments is not None) != (self.statistics in _WITH_MOMENTS):
-            raise ValueError(f"{self.statistics!r} statistics and moments do not go together")
+            raise ValueError(
+                f"{self.statistics!r} statistics and moments do not go together: give the moments "
+                f"of every BatchNorm layer with statistics {' or '.join(_WITH_MOMENTS)}, and only "
+                "with these"
+            )
         if self.local is not None:
+            if not isinstance(self.local, Local):
+                raise ValueError(f"local is a Local(lr, batches) or None, not {self.local!r}")
             used = {i for batch in self.local.batches for i in batch}
-            if used != set(range(self.images)):
+            if len(used) != self.images or min(used) != 0 or max(used) != self.images - 1:
                 raise ValueError(f"local batches must use images 0 to {self.images - 1}, all")
+        if not _is_list(self.frozen) or not all(isinstance(name, str) for name in self.frozen):
+            raise ValueError(f"frozen is a list of layers' names, not {self.frozen!r}")
+        object.__setattr__(self, "frozen", tuple(self.frozen))
 
     @property
     def circumstances(self) -> Circumstances:
         """All but the values and moments."""
-        return Circumstances(self.images, self.training, self.statistics, self.local)
+        return Circumstances(self.images, self.training, self.statistics, self.local, self.frozen)
 
     def check(self, net: Net) -> None:
-        """Raise ValueError naming every layer that is missing, misshaped or not finite."""
-        values = as_parameters(net, self.values)
-        weights_convert.to_flax(weights_convert.from_flax(values), parameters(net))
-        if self.moments is not None and len(self.moments) != len(net.statistics):
-            raise ValueError(
-                f"moments of {len(self.moments)} BatchNorm layers for {len(net.statistics)}"
-            )
+        """Raise ValueError naming every layer that does not fit the network."""
+        self.fitted(net)
+
+    def fitted(self, net: Net) -> Evidence:
+        """Return the same with the keys and element types of the network's parameters.
+
+        Raises:
+          ValueError: names the layers that are lost, misshaped or not finite, and moments that are
+            none.
+        """
+        if not jax.tree.leaves(self.values):
+            raise ValueError("evidence has no values: not one layer was sent")
+        template = parameters(net)
+        state = weights_convert.from_flax(as_parameters(net, self.values))
+        values = weights_convert.to_flax(state, template, partial=True)
+        layers.check(net, template, values, self.frozen)
+        if self.moments is not None:
+            moments.check(net, self.moments)
         net.mode(self.training)
+        return dataclasses.replace(self, values=values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +234,7 @@ def observed(
     training: bool = False,
     local: Local | None = None,
     at_once: int | None = None,
+    trained: Parameters | None = None,
 ) -> dict[Any, Any]:
     """Compute what a client with these images sends, differentiable in images and labels.
 
@@ -179,11 +249,15 @@ def observed(
       local: see `Evidence`.
       at_once: differentiate so many images at a time, and again when the result is differentiated
         itself: the memory is that of so many. Not with `training` or `local`.
+      trained: tree with the paths of the parameters that the client trains and sends; all by
+        default. The others stay as they are.
 
     Raises:
       ValueError: the images are no multiple of `at_once`.
     """
     before = parameters(net, variables)
+    if trained is not None:
+        before = within(before, trained)
 
     def gradient(now: Parameters, images: Array, labels: Array) -> dict[Any, Any]:
         return jax.grad(
@@ -210,6 +284,14 @@ def observed(
         step = jax.checkpoint(gradient)(now, images[chosen], labels[chosen])
         now = jax.tree.map(lambda p, g: p - local.lr * g, now, step)
     return jax.tree.map(jnp.subtract, now, before)
+
+
+def within(tree: Parameters, paths: Parameters) -> dict[Any, Any]:
+    """Return the part of a tree that has these paths."""
+    return {
+        key: within(tree[key], inner) if isinstance(inner, Mapping) else tree[key]
+        for key, inner in paths.items()
+    }
 
 
 Simulator = Callable[[Array | np.ndarray, Sequence[int]], tuple[Evidence, Secret]]
@@ -245,10 +327,10 @@ def simulator(
             raise ValueError(f"{len(images)} images need as many labels in 0 to {net.classes - 1}")
         one_hot = jax.nn.one_hot(chosen, net.classes)
         values = jax.device_get(send(net.variables, images, one_hot))
-        moments = None
+        known = None
         if statistics in _WITH_MOMENTS:
-            moments = jax.device_get(see(net.variables, images).moments)
-        evidence = Evidence(values, len(images), training, statistics, moments, local)
+            known = jax.device_get(see(net.variables, images).moments)
+        evidence = Evidence(values, len(images), training, statistics, known, local)
         return evidence, Secret(np.asarray(images), chosen)
 
     return client
@@ -275,31 +357,193 @@ def simulate(
     return client(images, labels)
 
 
-def moments_of_update(
-    before: Sequence[Moments],
-    after: Sequence[Moments],
-    counts: Sequence[int],
-    momentum: float = 0.1,
-) -> tuple[Moments, ...]:
-    """Solve running statistics for the batch's moments: (after - (1 - m) before) / m.
+def from_state(
+    state: Mapping[str, Any],
+    net: Net,
+    *,
+    images: int,
+    training: bool = False,
+    statistics: Statistics = "none",
+    local: Local | None = None,
+    frozen: Sequence[str] = (),
+    weights: bool = False,
+    momentum: float | None = None,
+    size: int | Sequence[int] | None = None,
+) -> Evidence:
+    """Make evidence of what a client sent under torch's names, in torch's layout.
+
+    The state may be a whole state_dict or some of the layers, with a prefix such as `module.`.
+    Layers that are absent, or None, were not trained. Running statistics and counters are used for
+    "update" statistics, else dropped; `moments.I.mean` and `moments.I.var` are the moments at
+    BatchNorm layer I.
 
     Args:
-      before, after: running statistics of every BatchNorm layer in forward order.
-      counts: n, values that a channel of each layer saw (images times pixels). torch's running
-        variance takes in unbiased variances, n / (n - 1) times the biased ones returned here.
-      momentum: m, in torch's sense.
+      state: name -> array: gradients, or changes of the client's `local` steps.
+      net: the network as it was before.
+      images, training, statistics, local, frozen: see `Evidence`. "update" statistics are solved
+        from the changes of the running statistics where no moments are given: of a client in
+        training mode whose one forward pass saw all images. Frozen layers may be there, unchanged.
+      weights: what was sent are the new weights (and statistics), not their changes.
+      momentum: of the BatchNorm layers in torch's sense, for "update" statistics; 0.1 by default.
+      size: of the client's images, one side or height and width, for "update" statistics; by default
+        the network's.
+
+    Raises:
+      ValueError: says what does not fit, and names the layers.
     """
+    sent = dict(state)
+    if parameters(net).keys() == {"params"} and not any(n.startswith("params.") for n in sent):
+        # Linen's parameters alone.
+        own = [n for n in sent if not n.startswith("moments.")]
+        sent |= {f"params.{n}": sent.pop(n) for n in own}
+    known = moments.pop(sent, net)
+    named = weights_convert.match(sent, net.variables, partial=True)
+    none = tuple(name for name, value in named.items() if value is None)
+    named = {name: np.asarray(value) for name, value in named.items() if value is not None}
+    template = parameters(net)
+    names = layers.names_of(template)
+    chosen = {name: value for name, value in named.items() if name in names}
+    if not chosen:
+        raise ValueError(f"not one of the arrays is a parameter of {net.name}")
+    if _is_list(frozen):
+        frozen = (*frozen, *(name for name in none if name in names))
+    values = weights_convert.to_flax(chosen, template, partial=True)
+    moves = _moves(values, within(template, values), _truth("weights", weights), local)
+    held = Evidence(moves, images, training, "none", None, local, frozen)  # type: ignore[arg-type]
+    moves = layers.without_unchanged(moves, held.frozen)
+    held = dataclasses.replace(held, values=moves)
+    checks.one_of("statistics", statistics, get_args(Statistics))
+    if statistics in _WITH_MOMENTS and not net.statistics:
+        known = ()
+    elif statistics == "update" and known is None:
+        known = _solved(named, net, held, weights, momentum, size)
+    elif momentum is not None or size is not None:
+        raise ValueError(
+            "momentum and size play no part: they are for statistics: update, solved from running "
+            "statistics"
+        )
+    return dataclasses.replace(held, statistics=statistics, moments=known).fitted(net)
 
-    def solved(new: Array, old: Array) -> Array:
-        return (new - (1 - momentum) * old) / momentum
 
-    return tuple(
-        Moments(solved(new.mean, old.mean), jnp.maximum(solved(new.var, old.var), 0) * (n - 1) / n)
-        for new, old, n in zip(after, before, counts, strict=True)
+def from_arrays(
+    arrays: Sequence[Any],
+    net: Net,
+    *,
+    names: Sequence[str] | None = None,
+    **circumstances: Any,
+) -> Evidence:
+    """Make evidence of a list of arrays in torch's layout, as Flower carries it.
+
+    Args:
+      arrays: one of every entry of torch's `state_dict()`, in its order; or of every entry but the
+        counters `num_batches_tracked`; or of every parameter.
+      net: the network as it was before, of the zoo if no names are given.
+      names: of the arrays, such as `list(model.state_dict())`.
+      **circumstances: as for `from_state`.
+
+    Raises:
+      ValueError: names the arrays that do not fit, by index and name.
+    """
+    named = _order(net, len(arrays)) if names is None else tuple(names)
+    if len(named) != len(arrays) or len(set(named)) != len(named):
+        raise ValueError(f"{len(arrays)} arrays need as many different names, not {len(named)}")
+    places = {name: np.asarray(i) for i, name in enumerate(named)}
+    shapes = weights_convert.shapes(net.variables)
+    wrong = []
+    for name, place in weights_convert.match(places, net.variables, partial=True).items():
+        i = int(place)
+        shape = None if arrays[i] is None else np.shape(arrays[i])
+        if shape not in (None, shapes[name]) and not _counts(name):
+            wrong.append(f"array {i} ({name}) is of shape {shape}, not {shapes[name]}")
+    if wrong:
+        more = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        raise ValueError(f"{'; '.join(wrong[:10])}{more}: are they in the order of the names?")
+    return from_state(dict(zip(named, arrays, strict=True)), net, **circumstances)
+
+
+def _order(net: Net, count: int) -> tuple[str, ...]:
+    """Name so many arrays: as many as torch's state_dict, or parts of it, has."""
+    whole = registry.state_dict_names(net)
+    trained = layers.names_of(parameters(net))
+    orders = {
+        "in its state_dict": whole,
+        "without counters": tuple(name for name in whole if not _counts(name)),
+        "of parameters": tuple(name for name in whole if name in trained),
+    }
+    for order in orders.values():
+        if len(order) == count:
+            return order
+    told = ", ".join(f"{len(order)} {what}" for what, order in orders.items())
+    raise ValueError(
+        f"{count} arrays: {net.name} has {told}; to give only some of them, give their names too"
     )
 
 
-_VALUES, _MEAN, _VAR = "values.", "moments.{}.mean", "moments.{}.var"
+def _counts(name: str) -> bool:
+    return name.rpartition(".")[2] == "num_batches_tracked"
+
+
+def _moves(values: Any, before: Any, weights: bool, local: Local | None) -> Any:
+    """Return gradients or changes as they are, and new weights as changes."""
+    old, sent = ([np.asarray(leaf) for leaf in jax.tree.leaves(tree)] for tree in (before, values))
+    changes = [new - was for new, was in zip(sent, old, strict=True)]
+    if weights:
+        if local is None:
+            raise ValueError("new weights come of local steps: say which with `local`")
+        if not any(map(np.any, changes)):
+            raise ValueError(
+                "the new weights are the network's own: it must be the network as it was before"
+            )
+        return jax.tree.unflatten(jax.tree.structure(values), changes)
+    if not any(map(np.any, sent)):
+        raise ValueError(
+            "every value is 0, there is nothing to invert: take gradients after loss.backward() "
+            "and before optimizer.zero_grad()"
+        )
+    if _length(changes) < 0.5 * _length(old):
+        raise ValueError(
+            "these are the network's weights, changed a little, and no gradient or update: say "
+            "`weights: true` for new weights"
+        )
+    return values
+
+
+def _length(arrays: Iterable[np.ndarray]) -> float:
+    return math.sqrt(sum(float(np.square(a, dtype=np.float64).sum()) for a in arrays))
+
+
+def _solved(
+    sent: Mapping[str, np.ndarray],
+    net: Net,
+    held: Evidence,
+    weights: bool,
+    momentum: float | None,
+    size: int | Sequence[int] | None,
+) -> tuple[Moments, ...]:
+    """Solve the running statistics that were sent, if they are those of the client's one batch."""
+    once = held.local is None or [sorted(b) for b in held.local.batches] == [[*range(held.images)]]
+    if not held.training or not once:
+        raise ValueError(
+            "statistics: update cannot be solved from running statistics: they are those of one "
+            "batch where the client was in training mode and its one step saw all images"
+        )
+    own = weights_convert.from_flax(net.variables) if weights else {}
+    for name, count in sent.items():
+        if _counts(name) and count.size == 1 and count.item() - own.get(name, 0) > 1.5:
+            raise ValueError(
+                f"statistics: update cannot be solved: {name} says that the layer saw more than "
+                "one batch"
+            )
+    share = 0.1 if momentum is None else momentum
+    if not _is_number(share) or not 0 < share <= 1:
+        raise ValueError(f"momentum is a share above 0 and up to 1, not {momentum!r}")
+    sides = image.sides(net.preprocessing.size if size is None else size)
+    return moments.solved(sent, net, held.images, new=weights, momentum=share, sides=sides)
+
+
+_VALUES = "values."
+_ENDINGS = (".safetensors", ".pth", ".pt", ".npz")
+_MOST_JSON = 64 * 2**20
 
 
 def _beside(path: Path, ending: str) -> Path:
@@ -310,46 +554,100 @@ def _beside(path: Path, ending: str) -> Path:
 
 def save(path: str | Path, evidence: Evidence) -> None:
     """Write FILE.safetensors (torch's names and layouts) and FILE.json beside it."""
-    path = Path(path)
+    path = Path(path).expanduser()
     state = {
         _VALUES + name: value
         for name, value in weights_convert.from_flax(plain(evidence.values)).items()
     }
-    for i, moments in enumerate(evidence.moments or ()):
-        state[_MEAN.format(i)] = np.asarray(moments.mean)
-        state[_VAR.format(i)] = np.asarray(moments.var)
+    for i, (mean, var) in enumerate(evidence.moments or ()):
+        state[moments.MEAN.format(i)] = np.asarray(mean)
+        state[moments.VAR.format(i)] = np.asarray(var)
     weights_convert.write(_beside(path, ".safetensors"), state)
     circumstances = dataclasses.asdict(evidence.circumstances)
     write_atomic(_beside(path, ".json"), json.dumps(circumstances, indent=2) + "\n")
 
 
 def load(path: str | Path, net: Net) -> Evidence:
-    """Read what `save` wrote, or what was captured in PyTorch under the same names.
+    """Read what `save` wrote, or what was captured in PyTorch.
+
+    FILE.json holds `images` and, where they are not the default, the other arguments of
+    `from_state`. Beside it is one of FILE.safetensors, FILE.pth and FILE.pt, with arrays under
+    torch's names, or FILE.npz, with names or as `np.savez(FILE, *arrays)` writes a list in the
+    order that `from_arrays` takes.
+
+    Args:
+      path: FILE, with or without the ending.
+      net: the network as it was before.
 
     Raises:
-      ValueError: the files or what is in them do not fit the network; every layer is named.
+      ValueError: the files or what is in them do not fit the network; keys and layers are named.
     """
-    path = Path(path)
-    state = weights_convert.read(_beside(path, ".safetensors"))
+    path = Path(path).expanduser()
     try:
-        found = json.loads(_beside(path, ".json").read_text(encoding="utf-8"))
-        local = found.pop("local", None)
-        if local is not None:
-            local = Local(float(local["lr"]), tuple(tuple(map(int, b)) for b in local["batches"]))
-        count = sum(name.startswith("moments.") for name in state) // 2
-        moments = tuple(
-            Moments(*(jnp.asarray(state.pop(name.format(i))) for name in (_MEAN, _VAR)))
-            for i in range(count)
-        )
-        named = {name.removeprefix(_VALUES): value for name, value in state.items()}
-        wanted = parameters(net)
-        if wanted.keys() == {"params"} and not any(n.startswith("params.") for n in named):
-            named = {f"params.{name}": value for name, value in named.items()}  # Linen's, alone
-        values = weights_convert.to_flax(named, wanted)
-        # A network without BatchNorm layers has no moments to write, even where they are known.
-        nothing = () if not net.statistics and found.get("statistics") in _WITH_MOMENTS else None
-        evidence = Evidence(values, local=local, moments=moments or nothing, **found)
-    except (OSError, TypeError, KeyError, AttributeError, ValueError) as error:
+        file = _file(path)
+        told = file.with_name(file.name.removesuffix(file.suffix) + ".json")
+        circumstances = _circumstances(told)
+        if file.suffix != ".npz":
+            return from_state(weights_convert.read(file), net, **circumstances)
+        values = 2 * sum(leaf.size + 1 for leaf in jax.tree.leaves(net.variables))
+        state = weights_convert.read_arrays(file, 8 * values)
+        if set(state) == {f"arr_{i}" for i in range(len(state))}:
+            arrays = [state[f"arr_{i}"] for i in range(len(state))]
+            return from_arrays(arrays, net, **circumstances)
+        return from_state(state, net, **circumstances)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} holds no evidence for {net.name}: {error}") from None
-    evidence.check(net)
-    return evidence
+
+
+def _file(path: Path) -> Path:
+    """Find the file of the values."""
+    if path.suffix in _ENDINGS and path.is_file():
+        return path
+    found = [file for ending in _ENDINGS if (file := _beside(path, ending)).is_file()]
+    if len(found) > 1:
+        names = " and ".join(file.name for file in found)
+        raise ValueError(f"there are {names}: say which, with its ending")
+    if not found:
+        raise ValueError(
+            f"there is no file {_beside(path, '')} with one of the endings {', '.join(_ENDINGS)}"
+        )
+    return found[0]
+
+
+def _circumstances(path: Path) -> dict[str, Any]:
+    """Read FILE.json: the keyword arguments of `from_state`."""
+    if not path.is_file():
+        raise ValueError(f'there is no {path.name}, such as {{"images": 1}}')
+    if path.stat().st_size > _MOST_JSON:
+        raise ValueError(f"{path.name} is larger than {_MOST_JSON} bytes")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f'{path.name} holds no object, such as {{"images": 1}}')
+    known = inspect.signature(from_state).parameters.keys() - {"state", "net"}
+    _check_keys(path.name, found, known)
+    if "images" not in found:
+        raise ValueError(f"{path.name} lacks images: how many images are behind the evidence")
+    if (local := found.get("local")) is not None:
+        if not isinstance(local, dict):
+            raise ValueError(f"local holds lr and batches, it is not {local!r}")
+        _check_keys("local", local, {"lr", "batches"})
+        if lost := {"lr", "batches"} - local.keys():
+            raise ValueError(f"local lacks {' and '.join(sorted(lost))}")
+        found["local"] = Local(**local)
+    return found
+
+
+def _check_keys(what: str, found: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Refuse keys that mean nothing, with those that may have been meant."""
+    known = sorted(known)
+    for key in sorted(found.keys() - known):
+        near = difflib.get_close_matches(key.lower(), known, 1)
+        meant = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known)}"
+        raise ValueError(f"{what} has an unknown key {key!r}; {meant}")
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number")

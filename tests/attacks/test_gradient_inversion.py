@@ -18,7 +18,7 @@ from jinv.attacks import gradient_inversion
 from jinv.attacks.gradient_inversion import PRESETS, Attack, Config, Execution
 from jinv.federated import defences, evidence, labels
 from jinv.federated.defences import Defence
-from jinv.federated.evidence import Local
+from jinv.federated.evidence import Evidence, Local
 from jinv.image import denormalise, normalise
 from jinv.net import Net
 from jinv.objective import priors
@@ -342,6 +342,112 @@ def test_layers_count_by_the_beginning_of_their_names() -> None:
     assert distance() == pytest.approx(2 + 1 + 3)
     assert distance(a=0) == pytest.approx(3)
     assert distance(**{"a": 0, "a.b": 5}) == pytest.approx(5 + 3)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ({"haed": 0.0}, "no layer's name begins with 'haed'; near it: head"),
+        ({"head": 1.0, "norms.2": 0.0}, "begins with 'norms.2'; near it: norms"),
+        ({"hea": 0.0}, "begins with 'hea'; near it: head"),
+        ({"head.": 0.0}, "begins with 'head.'; near it: head"),
+        ({"module.head": 0.0}, "begins with 'module.head'"),
+        ({3: 0.0}, "begins with 3; near it: convs, head, norms"),
+    ],
+    ids=str,
+)
+def test_factors_of_no_layer_are_refused(layers: Any, message: str) -> None:
+    net, held, _ = small()
+    with pytest.raises(ValueError, match=message):
+        gradient_inversion.build(Config(layers=layers), net, held, [2, 5])
+
+
+@pytest.mark.parametrize("factor", [-1.0, float("nan"), float("inf"), "0", None, True])
+def test_factors_that_are_no_weights_are_refused(factor: Any) -> None:
+    with pytest.raises(ValueError, match="layers: the factor of fc is a number from 0"):
+        Config(layers={"fc": factor})
+
+
+def test_factors_go_by_torchs_names_in_the_zoo() -> None:
+    tree = models.template("resnet18")
+    names = {"fc": 3.0, "layer4": 2.0, "layer4.0.conv1": 0.0, "layer1.1.bn2.bias": 5.0}
+    found = dict(
+        zip(
+            (
+                jax.tree_util.keystr(p, simple=True, separator=".")
+                for p, _ in jax.tree_util.tree_leaves_with_path(tree)
+            ),
+            gradient_inversion._factors(tree, names),
+            strict=True,
+        )
+    )
+    assert found["fc.weight"] == found["fc.bias"] == 3
+    assert found["layer4.0.conv2.weight"] == found["layer4.1.bn1.bias"] == 2
+    assert found["layer4.0.conv1.weight"] == 0
+    assert found["layer1.1.bn2.bias"] == 5
+    assert found["layer1.1.bn2.weight"] == found["conv1.weight"] == 1
+
+
+def part_of(held: Evidence, *layers: str) -> Evidence:
+    return dataclasses.replace(held, values={name: held.values[name] for name in layers})
+
+
+@pytest.mark.parametrize("local", [None, Local(0.3, ((0, 1), (1,)))], ids=["gradient", "update"])
+def test_the_attack_compares_the_layers_that_were_sent_alone(local: Local | None) -> None:
+    """By hand; local steps leave the others as they are."""
+    net, held, secret = small()
+    held = part_of(dataclasses.replace(held, local=local), "head")
+    sent = evidence.observed(
+        net,
+        net.variables,
+        jnp.asarray(secret.images),
+        jax.nn.one_hot(jnp.asarray([2, 5]), 7),
+        local=local,
+        trained=held.values,
+    )
+    held = dataclasses.replace(held, values=jax.device_get(sent))
+    attack = gradient_inversion.build(Config(**PLAIN), net, held, [2, 5])
+    assert float(attack.distances(secret.images[None], attack.data)[0]) < 1e-4
+    images = np.asarray(tiny.noise((2, 16, 16, 3), seed=9))
+
+    def logits(head: Any, images: Any) -> Any:
+        return net.apply(net.variables, images).features @ head["kernel"] + head["bias"]
+
+    def gradient(head: Any, chosen: Any) -> Any:
+        def loss(head: Any) -> Any:
+            log_p = jax.nn.log_softmax(logits(head, images[jnp.asarray(chosen)]))
+            return -log_p[jnp.arange(len(chosen)), jnp.asarray([2, 5])[jnp.asarray(chosen)]].mean()
+
+        return jax.grad(loss)(head)
+
+    head = {key: jnp.asarray(value) for key, value in net.variables["head"].items()}
+    if local is None:
+        mine = gradient(head, [0, 1])
+    else:
+        after = head
+        for batch in local.batches:
+            after = jax.tree.map(lambda p, g: p - local.lr * g, after, gradient(after, list(batch)))
+        mine = jax.tree.map(jnp.subtract, after, head)
+    wanted = held.values["head"]
+    expected = sum(np.linalg.norm(mine[key] - wanted[key]) for key in ("kernel", "bias"))
+    found = attack.distances(images[None], attack.data)[0]
+    assert float(found) == pytest.approx(float(expected), rel=1e-4)
+    _, metrics = run(attack)
+    assert np.isfinite(metrics["gradient"]).all()
+
+
+def test_evidence_of_other_layers_or_of_nothing_is_refused() -> None:
+    net, held, _ = small()
+    attack = gradient_inversion.build(Config(**PLAIN), net, held, [2, 5])
+    with pytest.raises(ValueError, match="compares other layers"):
+        attack.with_evidence(part_of(held, "head"), [2, 5])
+    with pytest.raises(ValueError, match="begins with 'convs'; near it"):
+        gradient_inversion.build(Config(layers={"convs": 0.0}), net, part_of(held, "head"), [2, 5])
+    nothing = dataclasses.replace(held, values=jax.tree.map(np.zeros_like, held.values))
+    with pytest.raises(ValueError, match="nothing to invert"):
+        gradient_inversion.build(Config(**PLAIN), net, nothing, [2, 5])
+    with pytest.raises(ValueError, match="evidence has no values"):
+        gradient_inversion.build(Config(**PLAIN), net, part_of(held), [2, 5])
 
 
 @pytest.mark.parametrize("kind", ["l2", "squared_l2", "cosine"])
