@@ -385,8 +385,8 @@ def from_state(
         training mode whose one forward pass saw all images. Frozen layers may be there, unchanged.
       weights: what was sent are the new weights (and statistics), not their changes.
       momentum: of the BatchNorm layers in torch's sense, for "update" statistics; 0.1 by default.
-      size: of the client's images, one side or height and width, for "update" statistics; by default
-        the network's.
+      size: of the client's images, one side or height and width, for "update" statistics; the
+        network's by default.
 
     Raises:
       ValueError: says what does not fit, and names the layers.
