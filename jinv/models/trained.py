@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from jinv.image import Preprocessing
 from jinv.models import registry
 from jinv.net import Net
 
-WEIGHTS, CLASSES = "weights.safetensors", "classes.txt"
+WEIGHTS, CLASSES = "weights.safetensors", registry.CLASSES
 SUMMARY = "summary.json"
 
 
@@ -27,11 +28,12 @@ def load_trained(folder: str | Path) -> Net:
             name: tuple(value) if isinstance(value, list) else value
             for name, value in summary["preprocessing"].items()
         }
-        return registry.load(
+        net = registry.load(
             summary["model"],
             folder / WEIGHTS,
             classes=len(summary["classes"]),
             preprocessing=Preprocessing(**told),
         )
+        return dataclasses.replace(net, class_names=tuple(summary["classes"]))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{folder} holds no trained network: {error}") from None

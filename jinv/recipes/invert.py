@@ -27,7 +27,7 @@ import numpy as np
 
 from jinv import checks, data, image, parallel
 from jinv.attacks import begin, deepinversion
-from jinv.checks import Class, Count, File, Seed, Some
+from jinv.checks import Class, Count, Seed, Some
 from jinv.files import write_atomic
 from jinv.models.network import Network
 from jinv.net import Net
@@ -64,7 +64,8 @@ class Config:
       space: what the images are normalised for while they are optimised, which scales the learning
         rate and the priors: the "first" network, "imagenet", or "pixels" for none.
       gray: optimise gray images.
-      class_names: a text file with one name a line, for networks of other classes.
+      class_names: a text file with one name a line, or one of "imagenet", "cifar10",
+        "fashion_mnist", "emnist-letters" and so on; the network's own by default.
       seed: of everything random.
       trials: how many batches, of seeds seed, seed + 1, ...
       compute_dtype: of the networks' arithmetic; losses and moments stay float32.
@@ -82,7 +83,7 @@ class Config:
     size: Count | tuple[Count, Count] | None = None
     space: Literal["first", "imagenet", "pixels"] = "first"
     gray: bool = False
-    class_names: Annotated[str, File()] | None = None
+    class_names: data.ClassNames | None = None
     seed: Seed = 0
     trials: Count = 1
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -165,7 +166,7 @@ class Inversion(command.Loaded):
         self.members = [Member(network.load(), network.terms) for network in config.networks]
         first = self.members[0].net
         self.nets = _distinct([m.net for m in self.members], [n.load() for n in config.judges])
-        self.names = data.class_names(first.classes, config.class_names)
+        self.names = data.class_names(first.classes, config.class_names, first.class_names)
         self.labelled = any(member.weights.label for member in self.members)
         competitor = config.competitor.load() if config.competitor else None
         self.roles = {net.name: " (inverted)" for net in self.nets[: len(self.members)]}

@@ -75,7 +75,9 @@ class Config:
       knows_defence: the attacker compares gradients as the client would have sent them.
       lpips_vgg16: torchvision's vgg16-397923af.pth, which LPIPS needs.
       delta: of the epsilon that is reported where noise was added.
-      class_names: a text file with one name a line.
+      class_names: a text file with one name a line, or one of "imagenet", "cifar10",
+        "fashion_mnist", "emnist-letters" and so on; by default those of the client's data, or the
+        network's own.
       seed: of everything random.
       trials: how many clients, of seeds seed, seed + 1, ...
       attack: the mathematics. In a file it may begin with `preset: NAME`; keys beside it count
@@ -96,7 +98,7 @@ class Config:
     knows_defence: bool = True
     lpips_vgg16: Annotated[str, File()] | None = None
     delta: Annotated[float, Range(0, 1, above=True, below=True)] = 1e-5
-    class_names: Annotated[str, File()] | None = None
+    class_names: data.ClassNames | None = None
     seed: Seed = 0
     trials: Count = 1
     attack: gradient_inversion.Config = dataclasses.field(default_factory=gradient_inversion.Config)
@@ -199,7 +201,8 @@ class GradientInversion(command.Loaded):
     def __init__(self, config: Config) -> None:
         self.config = config
         self.net = config.network.load()
-        self._names = data.class_names(self.net.classes, config.class_names)
+        net = self.net
+        self._names = data.class_names(net.classes, config.class_names, net.class_names)
         self._perceptual = perceptual(config.lpips_vgg16)
         client = config.client
         self._epsilon = None
@@ -278,7 +281,7 @@ class GradientInversion(command.Loaded):
             self.held = defences.apply(config.client.defence, defence_key, held)
             distractors = drawn.distractors
             if drawn.names is not None and config.class_names is None:
-                self.names = drawn.names
+                self.names = (*drawn.names, *self._names[len(drawn.names) :])
         self.scorer = None
         if self.secret is not None:
             self.scorer = Scorer(self._truth(self.secret), distractors, self._perceptual)

@@ -141,7 +141,7 @@ def test_overrides_reach_the_run(tmp_path: Path, recipe: Path) -> None:
     summary = json.loads((out / "summary.json").read_text())
     assert summary["steps"] == 9
     assert summary["targets"] == [1, 2, 3, 4]
-    assert Image.open(out / "images" / "000_class001_automobile.png").mode == "L"
+    assert Image.open(out / "images" / "000_class001_class-1.png").mode == "L"
     assert yaml.safe_load((out / "config.yaml").read_text())["seed"] == 7
 
 
