@@ -150,13 +150,9 @@ class Evidence:
                 "with these"
             )
         if self.local is not None:
-            if not isinstance(self.local, Local):
-                raise ValueError(f"local is a Local(lr, batches) or None, not {self.local!r}")
             used = {i for batch in self.local.batches for i in batch}
             if len(used) != self.images or min(used) != 0 or max(used) != self.images - 1:
                 raise ValueError(f"local batches must use images 0 to {self.images - 1}, all")
-        if not _is_list(self.frozen) or not all(isinstance(name, str) for name in self.frozen):
-            raise ValueError(f"frozen is a list of layers' names, not {self.frozen!r}")
         object.__setattr__(self, "frozen", tuple(self.frozen))
 
     @property
@@ -392,11 +388,11 @@ def from_state(
       ValueError: says what does not fit, and names the layers.
     """
     sent = dict(state)
-    if parameters(net).keys() == {"params"} and not any(n.startswith("params.") for n in sent):
-        # Linen's parameters alone.
-        own = [n for n in sent if not n.startswith("moments.")]
-        sent |= {f"params.{n}": sent.pop(n) for n in own}
     known = moments.pop(sent, net)
+    if all(name.startswith(_VALUES) for name in sent):
+        sent = {name.removeprefix(_VALUES): value for name, value in sent.items()}
+    if parameters(net).keys() == {"params"} and not any(n.startswith("params.") for n in sent):
+        sent = {f"params.{name}": value for name, value in sent.items()}  # Linen's, alone
     named = weights_convert.match(sent, net.variables, partial=True)
     none = tuple(name for name, value in named.items() if value is None)
     named = {name: np.asarray(value) for name, value in named.items() if value is not None}

@@ -292,6 +292,11 @@ class GradientInversion(command.Loaded):
         images, given = self.held.images, self.config.original_classes
         if len(pixels) != images:
             raise ValueError(f"the evidence is of {images} images; {len(pixels)} originals given")
+        if given and max(given) >= self.net.classes:
+            raise ValueError(
+                f"original_classes: {max(given)} is no class of {self.net.name}, which knows 0 to "
+                f"{self.net.classes - 1}"
+            )
         normalised = clients.normalised(pixels, self.net.preprocessing)
         return Secret(np.asarray(normalised), np.asarray(given or (-1,) * images))
 
