@@ -102,10 +102,17 @@ class Scorer:
 
 
 def perceptual(vgg16_weights: str | Path | None) -> lpips.Distance | str:
-    """Return LPIPS, or why it is not available."""
+    """Return LPIPS, or why it is not available.
+
+    Raises:
+      FileNotFoundError: weights were given, and something that LPIPS needs is not there.
+      ValueError: a file is damaged or of something else.
+    """
     try:
         return lpips.load(vgg16_weights)
     except FileNotFoundError as error:
+        if vgg16_weights is not None:
+            raise
         return str(error)
 
 

@@ -15,7 +15,7 @@ import weights_convert
 from jinv import models
 from jinv.federated import evidence
 from jinv.recipes import invert_gradients
-from jinv.runs import command_line
+from jinv.runs import attack_run, command_line
 from jinv.scores import similarity
 
 SUMMARY_KEYS = {
@@ -196,6 +196,51 @@ def test_mistakes_are_told(
     tree = lenet() | changes
     assert run("--config", write(tmp_path, tree), "--out", tmp_path / "out") == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("told", "changes", "words"),
+    [
+        ({}, {"original_classes": [10]}, "original_classes: 10 is no class of lenet, which"),
+        ({}, {"originals": ["picture_0.png", "picture_1.png"]}, "1 images; 2 originals given"),
+        ({}, {"originals": ["nowhere.png"]}, "nowhere.png"),
+        ({}, {"class_names": "names.txt"}, "names.txt names 3 classes; the network has 10"),
+        ({}, {"delta": 0}, "delta must be a number above 0 and below 1, not 0"),
+        ({}, {"labels": "known", "original_classes": []}, "labels: known needs the classes"),
+        ({}, {"attack": {"layers": {"fcc": 0}}}, "no layer's name begins with 'fcc'"),
+        ({}, {"attack": {"optimizer_args": {"beta": 1}}}, "adam refuses its arguments"),
+        ({}, {"size": 32}, "lenet cannot take"),
+        ({}, {"lpips_vgg16": "nowhere.pth"}, "nowhere.pth"),
+        ({"statistics": "Exact"}, {}, "statistics must be one of none, running"),
+        ({"training": "false"}, {}, "training is true or false, not 'false'"),
+        ({"images": 2.0}, {}, "images must be a whole number"),
+        ({"imags": 2}, {}, "unknown key 'imags'; did you mean images?"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_from_the_start_is_told_before_the_first_step(
+    told: dict[str, Any],
+    changes: dict[str, Any],
+    words: str,
+    tmp_path: Path,
+    captured: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(attack_run, "run", lambda *_, **__: pytest.fail("a step is done"))
+    pictures(tmp_path)
+    (tmp_path / "names.txt").write_text("a\nb\nc\n")
+    file = captured.with_suffix(".json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | told))
+    tree = lenet(evidence="client", originals=["picture_0.png"], original_classes=[6])
+    if len(changes.get("originals", ())) > 1:
+        tree["original_classes"] = []
+    attack = tree["attack"] | changes.pop("attack", {})
+    config = write(tmp_path, tree | changes | {"attack": attack})
+    assert run("--config", config, "--out", tmp_path / "out") == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def of_arrays(folder: Path, shape: tuple[int, ...], **more: Any) -> dict[str, Any]:
