@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import inspect
 import math
@@ -158,7 +159,7 @@ def fields(config: object) -> None:
     for name, hint in hints(type(config)).items():
         value = getattr(config, name)
         if not fits(hint, value):
-            raise FieldError(name, f" must be {wanted(hint)}, not {shown(value)}")
+            raise FieldError(name, refusal(hint, value))
 
 
 def hints(cls: Any) -> dict[str, Any]:
@@ -262,6 +263,18 @@ _NAMED: dict[Any, tuple[str, str]] = {
     type(None): ("nothing (null)", "nothing"),
     Any: ("anything", "values"),
 }
+
+
+def refusal(hint: Any, value: Any) -> str:
+    """Say, after the name of an option, what it must be, what it is, and what may be meant."""
+    words: list[str] = []
+    for option in options(hint):
+        kind, notes = bare(option)
+        words += map(str, get_args(kind) if get_origin(kind) is Literal else ())
+        words += (name for note in notes if isinstance(note, Word) for name in note.table())
+    near = difflib.get_close_matches(str(value).lower(), words, 1)
+    meant = f": did you mean {near[0]}?" if near and isinstance(value, str) else ""
+    return f" must be {wanted(hint)}, not {shown(value)}{meant}"
 
 
 def shown(value: Any) -> str:

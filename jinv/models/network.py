@@ -7,10 +7,13 @@ import weakref
 from pathlib import Path
 from typing import Annotated, Any
 
-from jinv import checks
+from jinv import checks, files
 from jinv.checks import Count, File
 from jinv.models import own, registry, trained
 from jinv.net import Net
+
+_WORDS = ("package", "random")
+"""Weights that are no paths."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Network:
     """
 
     model: registry.Name
-    weights: Annotated[str, File(("package", "random"))] = "package"
+    weights: Annotated[str, File(_WORDS)] = "package"
     classes: Count | None = None
     name: str | None = None
 
@@ -46,8 +49,8 @@ class Network:
         Raises:
           ValueError: it cannot be loaded; the message says why.
         """
-        weights = Path(self.weights).expanduser()
-        key = (self.model, self.weights, self.classes, self.label, *_stamps(weights))
+        stamps = _stamps(files.path(self.weights))
+        key = (self.model, self.weights, self.classes, self.label, *stamps)
         net = _HELD.get(key)
         if net is None:
             _HELD[key] = net = self._read()
@@ -55,10 +58,15 @@ class Network:
 
     def _read(self) -> Net:
         try:
-            if Path(self.weights).expanduser().is_dir():
+            if self.weights not in _WORDS and files.path(self.weights).is_dir():
                 net = trained.load_trained(self.weights)
                 if net.name != self.model:
                     raise ValueError(f"{self.weights} holds a {net.name}, not a {self.model}")
+                if self.classes not in (None, net.classes):
+                    raise ValueError(
+                        f"{self.weights} holds a network of {net.classes} classes, not of "
+                        f"{self.classes}: leave `classes` out"
+                    )
             elif self.weights != "random":
                 net = registry.load(self.model, self.weights, classes=self.classes)
             elif own.names_one(self.model):
@@ -77,6 +85,6 @@ _HELD: weakref.WeakValueDictionary[tuple[Any, ...], Net] = weakref.WeakValueDict
 
 def _stamps(weights: Path) -> list[tuple[str, int, int]]:
     """What tells a file of weights, or those of a folder, from others written in its place."""
-    files = [weights, weights / trained.WEIGHTS, weights / trained.SUMMARY]
-    found = [(str(file.absolute()), file.stat()) for file in files if file.is_file()]
+    places = [weights, weights / trained.WEIGHTS, weights / trained.SUMMARY]
+    found = [(str(file.absolute()), file.stat()) for file in places if file.is_file()]
     return [(path, told.st_mtime_ns, told.st_size) for path, told in found]

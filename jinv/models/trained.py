@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jinv import files
 from jinv.image import Preprocessing
 from jinv.models import registry
 from jinv.net import Net
@@ -21,7 +22,7 @@ def load_trained(folder: str | Path) -> Net:
     Raises:
       ValueError: the folder holds no finished run.
     """
-    folder = Path(folder).expanduser()
+    folder = files.path(folder)
     try:
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
         told: dict[str, Any] = {

@@ -19,10 +19,10 @@ every epoch) and, last of all, summary.json. `jinv.models.load_trained(FOLDER)` 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import signal
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -32,7 +32,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 import weights_convert
-from jinv import checks, data, image, models, parallel, training
+from jinv import checks, data, files, image, models, parallel, training
 from jinv.checks import Count, File, Seed
 from jinv.files import sha256, write_atomic
 from jinv.image import Preprocessing
@@ -378,15 +378,19 @@ def _source(model: str, weights: str) -> Net:
       ValueError: there is none, or it is another.
       FileNotFoundError: the package that holds the weights is not installed.
     """
-    if Path(weights).expanduser().is_dir():
+    if weights != "package" and files.path(weights).is_dir():
         net = models.load_trained(weights)
         if net.name != model:
             raise ValueError(f"{weights} holds a {net.name}, not a {model}")
         return net
-    path = models.packaged_weights(model) if weights == "package" else Path(weights)
-    layer = ".".join(map(str, models.load(model, None).head or ()))
-    weight = weights_convert.read(path).get(f"{layer}.weight")
-    classes = None if weight is None or weight.ndim != 2 else len(weight)
+    path = models.packaged_weights(model) if weights == "package" else files.path(weights)
+    usual = models.load(model, None)
+    layer = ".".join(map(str, usual.head or ()))
+    classes = None
+    with contextlib.suppress(weights_convert.WeightsError):  # loading them says it better
+        state = weights_convert.match(weights_convert.read(path), usual.variables)
+        weight = state.get(f"{layer}.weight", np.empty(()))
+        classes = len(weight) if weight.ndim == 2 else None
     return models.load(model, path, classes=classes)
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 
-from jinv import checks
+from jinv import checks, files
 from jinv.checks import CHANGED
 
 T = TypeVar("T")
@@ -30,7 +30,7 @@ def find(name: str | Path) -> Path:
     Raises:
       ConfigError: there is neither.
     """
-    path = Path(name)
+    path = files.path(name)
     if path.is_file():
         return path
     shipped = shipped_recipes()
@@ -69,7 +69,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
       ConfigError: there is no such file, or it holds something else.
     """
     try:
-        tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        tree = yaml.load(files.path(path).read_text(encoding="utf-8"), _Loader)
         _values(tree, {})
     except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the config {path}: {error}") from None
@@ -167,7 +167,7 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     if isinstance(value, str) and single:
         return build(single[0], value, path)  # type: ignore[arg-type]
     if not checks.fits(hint, value):
-        raise ConfigError(f"{path} must be {checks.wanted(hint)}, not {checks.shown(value)}")
+        raise ConfigError(path + checks.refusal(hint, value))
     return value
 
 

@@ -9,8 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from jinv import checks
-from jinv.files import sha256
+from jinv import checks, files
 
 _LARGE = 2**30
 """Bytes from which a file counts by its name and size."""
@@ -24,10 +23,10 @@ def digests(config: Any) -> dict[str, str]:
     """
     found = {}
     for key, text, note in _paths(config, ""):
-        path = Path(text).expanduser()
-        files = [path, *(path.with_name(path.name + ending) for ending in note.endings)]
-        if text not in note.words and any(file.exists() for file in files):
-            found[key] = _digest([file for file in files if file.exists()])
+        path = files.path(text)
+        places = [path, *(path.with_name(path.name + ending) for ending in note.endings)]
+        if text not in note.words and any(file.exists() for file in places):
+            found[key] = _digest([file for file in places if file.exists()])
     return found
 
 
@@ -60,8 +59,8 @@ def _digest(places: Sequence[Path]) -> str:
     """Return one digest of files and of all that folders hold, wherever they lie."""
     total = hashlib.sha256()
     for place in places:
-        files = sorted(place.rglob("*")) if place.is_dir() else [place]
-        for file in filter(Path.is_file, files):
+        inside = sorted(place.rglob("*")) if place.is_dir() else [place]
+        for file in filter(Path.is_file, inside):
             told = file.stat()
             name = str(file.relative_to(place)) if place.is_dir() else file.suffix
             content = _content(file, told.st_mtime_ns, told.st_size)
@@ -73,4 +72,4 @@ def _digest(places: Sequence[Path]) -> str:
 def _content(file: Path, modified: int, size: int) -> str:
     """Return a file's digest, kept as long as the file stays as it is."""
     del modified
-    return sha256(file) if size < _LARGE else str(size)
+    return files.sha256(file) if size < _LARGE else str(size)

@@ -26,6 +26,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from jinv import optimise, parallel
+from jinv.files import path as expanded
 from jinv.files import write_atomic
 from jinv.runs import config as configs
 from jinv.runs import lock
@@ -88,7 +89,7 @@ class RunFolder:
         overwrite: bool = False,
         shared: bool = False,
     ) -> None:
-        self.path = Path(path)
+        self.path = expanded(path)
         self.metrics = Log(self.path / "metrics.csv")
         self.scores = Log(self.path / "scores.csv")
         self.clock = optimise.Clock()

@@ -91,10 +91,13 @@ def test_mistakes_name_the_network(tmp_path: Path) -> None:
         (Network("resnet18_cifar", str(tmp_path / "run")), f"run holds a {NAME}, not a resnet18"),
         (Network(NAME, str(tmp_path / "empty")), "holds no trained network"),
         (Network(NAME, str(tmp_path / "nowhere.pth"), name="mine"), "cannot load mine: .*nowhere"),
-        (Network("nothing", "random"), "cannot load nothing: no network is called 'nothing'"),
         (Network(NAME), f"no package holds weights of {NAME}"),
         (Network("own_net:make", "random"), "comes with its function's weights"),
         (Network("own_nowhere:net"), "cannot load own_nowhere:net: cannot import own_nowhere"),
     ):
         with pytest.raises(ValueError, match=message):
             network.load()
+    with pytest.raises(ValueError, match=r"^model must be one of .* not 'resnet8': did you mean"):
+        Network("resnet8", "random")
+    with pytest.raises(ValueError, match="holds a network of 10 classes, not of 4: leave"):
+        Network(NAME, str(tmp_path / "run"), classes=4).load()
