@@ -24,7 +24,7 @@ _TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0)}
 
 # Attributes under which wrappers hold a network, and objectives their own weights.
 _WRAPPERS = frozenset(
-    "module _module model _model net network backbone encoder _orig_mod values".split()  # noqa: SIM905
+    "module _module model _model net network backbone encoder _orig_mod".split()  # noqa: SIM905
 )
 _OBJECTIVES = frozenset("criterion loss loss_fn loss_func loss_function metric metrics".split())  # noqa: SIM905
 # Words of names of single numbers that wrappers and training loops keep beside the weights.

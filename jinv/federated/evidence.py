@@ -391,12 +391,12 @@ def from_state(
     known = moments.pop(sent, net)
     if all(name.startswith(_VALUES) for name in sent):
         sent = {name.removeprefix(_VALUES): value for name, value in sent.items()}
-    if parameters(net).keys() == {"params"} and not any(n.startswith("params.") for n in sent):
+    template = parameters(net)
+    if template.keys() == {"params"} and not any(name.startswith("params.") for name in sent):
         sent = {f"params.{name}": value for name, value in sent.items()}  # Linen's, alone
     named = weights_convert.match(sent, net.variables, partial=True)
     none = tuple(name for name, value in named.items() if value is None)
     named = {name: np.asarray(value) for name, value in named.items() if value is not None}
-    template = parameters(net)
     names = layers.names_of(template)
     chosen = {name: value for name, value in named.items() if name in names}
     if not chosen:
@@ -496,7 +496,7 @@ def _moves(values: Any, before: Any, weights: bool, local: Local | None) -> Any:
             "every value is 0, there is nothing to invert: take gradients after loss.backward() "
             "and before optimizer.zero_grad()"
         )
-    if _length(changes) < 0.5 * _length(old):
+    if 0 < _length(changes) < 0.5 * _length(old):  # equal ones are no client's, whatever they are
         raise ValueError(
             "these are the network's weights, changed a little, and no gradient or update: say "
             "`weights: true` for new weights"
@@ -584,7 +584,9 @@ def load(path: str | Path, net: Net) -> Evidence:
         told = file.with_name(file.name.removesuffix(file.suffix) + ".json")
         circumstances = _circumstances(told)
         if file.suffix != ".npz":
-            return from_state(weights_convert.read(file), net, **circumstances)
+            state = weights_convert.read(file)
+            named = {name.removeprefix(_VALUES): value for name, value in state.items()}
+            return from_state(named, net, **circumstances)
         values = 2 * sum(leaf.size + 1 for leaf in jax.tree.leaves(net.variables))
         state = weights_convert.read_arrays(file, 8 * values)
         if set(state) == {f"arr_{i}" for i in range(len(state))}:

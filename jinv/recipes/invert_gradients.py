@@ -5,9 +5,9 @@
     jinv invert-gradients --config gradients_defences --out out/sweep
 
 A config names the network, and either a `client` to simulate (its images, mode, local steps and
-defence) or the `evidence` of a real one: FILE.safetensors, with the gradient under torch's names,
-and FILE.json (see `jinv.federated.evidence.save`). Every key can be overridden on the command line
-(`--config F --help` lists them). Ctrl-C or SIGTERM saves a checkpoint; --resume goes on to the
+defence) or the `evidence` of a real one: FILE.safetensors, .pth or .npz, with the gradient under
+torch's names, and FILE.json (see docs/gradients.md). Every key can be overridden on the command
+line (`--config F --help` lists them). Ctrl-C or SIGTERM saves a checkpoint; --resume goes on to the
 very same images. A finished run is replaced only with --overwrite.
 
 The output folder holds images/NNN_reconstruction.png, grid.png (original, reconstruction, BN only,

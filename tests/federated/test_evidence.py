@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 import struct
 import tracemalloc
 import zipfile
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 import tiny
 import weights_convert
@@ -387,6 +388,67 @@ def test_what_is_no_gradient_is_told(value: Any, message: str) -> None:
     wrong = jax.tree.map(value, held.values, evidence.parameters(net))
     with pytest.raises(ValueError, match=message):
         evidence.from_state(weights_convert.from_flax(wrong), net, images=2)
+
+
+class Flax(linen.Module):
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = linen.BatchNorm(use_running_average=True)(linen.Conv(4, (3, 3))(x))
+        return linen.Dense(7)(jax.nn.relu(x).mean((1, 2)))
+
+
+def test_linens_layers_need_not_name_their_collection() -> None:
+    module = Flax()
+    variables = module.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    net = Net.from_linen(module, variables, tiny.SPACE)
+    held, _ = evidence.simulate(net, tiny.noise((2, 8, 8, 3)), [0, 1])
+    state = weights_convert.from_flax(held.values["params"])
+    for prefix in ("", "params."):
+        named = {prefix + name: value for name, value in state.items()}
+        found = evidence.from_state(named, net, images=2)
+        jax.tree.map(np.testing.assert_array_equal, found.values, held.values)
+        head = {name: value for name, value in named.items() if "Dense" in name}
+        assert list(evidence.from_state(head, net, images=2).values["params"]) == ["Dense_0"]
+        body = {name: value for name, value in named.items() if "BatchNorm" not in name}
+        assert len(evidence.from_state(body, net, images=2).values["params"]) == 2
+
+
+def test_the_pages_snippets_do_what_they_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of "Evidence of a real client", one after the other."""
+    torch = pytest.importorskip("torch")
+    page = (Path(__file__).parents[2] / "docs" / "gradients.md").read_text(encoding="utf-8")
+    section = page.partition("## Evidence of a real client")[2].partition("\n## ")[0]
+    gradient, weights, flower, direct = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    network, net = both("lenet")
+    monkeypatch.chdir(tmp_path)
+    images, chosen = torch.randn(4, 1, 28, 28), torch.tensor(LABELS)
+    names = {"model": network.eval(), "images": images, "labels": chosen, "net": net}
+    exec(gradient, names)
+    held = evidence.load("client", net)
+    expected, _ = evidence.simulate(net, images.numpy().transpose(0, 2, 3, 1), LABELS)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6),
+        held.values,
+        expected.values,
+    )
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter -= 0.01 * parameter.grad
+    exec(weights, names)
+    update = evidence.load("client", net)
+    assert update.local == Local(0.01, ((0, 1), (2, 3)))
+    Path("client.pth").unlink()
+    exec(flower, names)
+    listed = evidence.load("client", net)
+    exec(direct, names)
+    for found in (update, listed, names["held"]):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, -0.01 * b, rtol=1e-3, atol=1e-6),
+            found.values,
+            expected.values,
+        )
 
 
 # --- what frameworks carry -----------------------------------------------------------------------
