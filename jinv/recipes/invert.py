@@ -205,11 +205,7 @@ class Inversion(command.Loaded):
             config.labels, config.images, first.classes, label_key
         )
         for net in self.nets:
-            if max(self.targets) >= net.classes:
-                raise ValueError(
-                    f"{net.name} knows classes 0 to {net.classes - 1}; it cannot judge images "
-                    f"of class {max(self.targets)}"
-                )
+            _check_classes(net, first, self.targets)
 
     @property
     def _classes(self) -> list[int]:
@@ -324,6 +320,24 @@ class Inversion(command.Loaded):
                 distances = judging.feature_distances(prediction.features)
                 found[name] = judging.diversity(distances, groups)
         return found
+
+
+def _check_classes(net: Net, first: Net, targets: list[int]) -> None:
+    """Raise ValueError if a network has not these classes, or means something else by them."""
+    if max(targets) >= net.classes:
+        raise ValueError(
+            f"{net.name} knows classes 0 to {net.classes - 1}; it cannot judge images "
+            f"of class {max(targets)}"
+        )
+    if first.class_names is None or net.class_names is None:
+        return
+    for target in targets:
+        own, other = first.class_names[target], net.class_names[target]
+        if own != other:
+            raise ValueError(
+                f"class {target} is {own!r} to {first.name}, but {other!r} to {net.name}: neither "
+                "has a say about the other's images"
+            )
 
 
 def _distinct(inverted: list[Net], judges: list[Net]) -> list[Net]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,9 @@ def exit_code(function: Callable[[], None], less: str) -> int:
       less: what to try if the device's memory does not suffice.
     """
     try:
-        function()
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            function()
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return 128 + stop.signal
@@ -71,6 +74,11 @@ def exit_code(function: Callable[[], None], less: str) -> int:
         print(f"error: the device failed: {str(error).splitlines()[0]}{advice}", file=sys.stderr)
         return 4
     return 0
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Print a warning as the commands print errors, without the line of code that gives it."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def _flags(

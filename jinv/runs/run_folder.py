@@ -166,7 +166,9 @@ class RunFolder:
                 f"{self.path} cannot be used now: {error}; wait for it, or choose another folder"
             ) from None
         except OSError as error:
-            raise FolderError(f"cannot make the folder {self.path}: {error}") from None
+            raise FolderError(
+                f"cannot make the folder {self.path}, or write into it: {error}"
+            ) from None
         try:
             self._check_and_clear(overwrite)
         except BaseException:

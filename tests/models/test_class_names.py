@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import jax
@@ -12,9 +13,11 @@ import pytest
 import jinv
 import weights_convert
 from jinv import data
+from jinv.attacks import deepinversion
 from jinv.federated import client as clients
 from jinv.models import load_trained
 from jinv.models.network import Network
+from jinv.recipes import invert
 
 TEN = tuple(f"kind {letter}" for letter in "abcdefghij")
 
@@ -98,3 +101,23 @@ def test_data_whose_classes_are_in_another_order_are_refused(tmp_path: Path) -> 
     assert draw(data.FASHION_MNIST) == data.FASHION_MNIST
     with pytest.raises(ValueError, match="the classes of lenet, but in another order: kind j"):
         draw(TEN[::-1])
+
+
+def test_networks_that_mean_other_things_by_a_class_do_not_judge_each_other(
+    tmp_path: Path, weights: Path
+) -> None:
+    """Both have ten classes."""
+    networks = []
+    for name, classes in (("mine", TEN), ("other", (*TEN[:9], "dress"))):
+        (tmp_path / name).mkdir()
+        names_file(tmp_path / name, *classes)
+        shutil.copy(weights, tmp_path / name / "w.safetensors")
+        path = str(tmp_path / name / "w.safetensors")
+        networks.append(Network("resnet18_cifar_slim", path, name=name))
+    mine = invert.Inverted("resnet18_cifar_slim", networks[0].weights, name="mine")
+    phases = (deepinversion.Phase(1, jitter=1),)
+    config = invert.Config((mine,), (networks[1],), images=2, labels=(3, 9))
+    config = dataclasses.replace(config, attack=deepinversion.Config(phases=phases))
+    with pytest.raises(ValueError, match="class 9 is 'kind j' to mine, but 'dress' to other"):
+        invert.Inversion(config)
+    assert invert.Inversion(dataclasses.replace(config, labels=(3, 4))).targets == [3, 4]
