@@ -9,14 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from conftest import ROOT
-from jinv.runs import lock
+from jinv.recipes import invert
+from jinv.runs import command_line, lock
 from jinv.runs.run_folder import FolderError, RunFolder
 
 HOLD = """
 import pathlib, sys
-from jinv.runs import lock
+from jinv.recipes import invert
+from jinv.runs import command_line, lock
 lock.hold(pathlib.Path(sys.argv[1]), "jinv invert", shared="shared" in sys.argv)
 print("held", flush=True)
 sys.stdin.readline()
@@ -101,3 +104,27 @@ def test_a_refused_folder_is_not_locked(tmp_path: Path) -> None:
     with pytest.raises(FolderError, match="holds a finished run"):
         RunFolder(tmp_path, {"a": 1})
     assert not (tmp_path / lock.NAME).exists()
+
+
+@pytest.mark.parametrize("flags", [(), ("--resume",), ("--overwrite",)])
+def test_a_command_leaves_the_run_of_another_process_alone(
+    tmp_path: Path, flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = {
+        "networks": [{"model": "tiny:network"}],
+        "images": 2,
+        "labels": [0, 1],
+        "attack": {"phases": [{"steps": 1, "jitter": 1}]},
+    }
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    out = tmp_path / "out"
+    arguments = ["--config", str(tmp_path / "r.yaml"), "--out", str(out)]
+    out.mkdir()
+    other = holder(out)
+    assert command_line.main(invert.COMMAND, [*arguments, *flags]) == 2
+    assert f"process {other.pid} on" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == [lock.NAME]
+    other.communicate("\n")
+    assert command_line.main(invert.COMMAND, [*arguments, *flags]) == 0
+    assert (out / "summary.json").exists()
+    assert not (out / lock.NAME).exists()
