@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +37,7 @@ from jinv.runs.signals import Interrupted
 CONFIG, SUMMARY, CHECKPOINTS = "config.yaml", "summary.json", "checkpoints/"
 _PICTURES = ("images/", "progress/")
 """Folders in which people may keep pictures of their own: ours have names that theirs have not."""
-
+_OURS = re.compile(r"(\d{3,}(_.*)?|step_\d{6,})\.png")
 
 _DIGEST = "# sha256 of "
 
@@ -239,7 +240,9 @@ class RunFolder:
         # The summary first and the config last: a clearing that is cut leaves an unfinished run.
         for name in (SUMMARY, CHECKPOINTS, *self._files, CONFIG):
             path = self.path / name
-            if path.is_dir():
+            if path.is_dir() and name in _PICTURES:
+                _clear_pictures(path)
+            elif path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
@@ -352,3 +355,12 @@ class RunFolder:
 
 def _first_line(command: str) -> str:
     return f"# jinv {command}"
+
+
+def _clear_pictures(folder: Path) -> None:
+    """Remove the pictures that a run wrote, and the folder if it holds nothing else."""
+    for file in folder.iterdir():
+        if _OURS.fullmatch(file.name):
+            file.unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()

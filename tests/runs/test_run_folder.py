@@ -59,7 +59,7 @@ def test_checkpoints_are_due_by_the_clock(tmp_path: Path, monkeypatch: pytest.Mo
 def test_overwriting_removes_what_is_declared(tmp_path: Path) -> None:
     own = folder(tmp_path / "run")
     (own.path / "images").mkdir()
-    for name in ("images/0.png", "weights.bin", "notes.txt"):
+    for name in ("images/000.png", "weights.bin", "notes.txt"):
         (own.path / name).write_text("x")
     own.finish({"a": 1})
     with pytest.raises(FolderError, match="holds a finished run"):
@@ -71,6 +71,19 @@ def test_overwriting_removes_what_is_declared(tmp_path: Path) -> None:
         "notes.txt",
     ]
     assert not again.finished
+
+
+def test_overwriting_leaves_pictures_of_others(tmp_path: Path) -> None:
+    own = folder(tmp_path / "run", files=("images/", "progress/", "grid.png"))
+    ours = ("images/000.png", "images/012_class003_cat.png", "progress/step_000100.png")
+    theirs = ("images/holiday.png", "images/100.jpg", "progress/step_1.png", "images/a/000.png")
+    for name in (*ours, *theirs, "grid.png"):
+        (own.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (own.path / name).write_text("x")
+    own.finish({})
+    folder(own.path, files=("images/", "progress/", "grid.png"), overwrite=True)
+    left = {str(p.relative_to(own.path)) for p in own.path.rglob("*") if p.is_file()}
+    assert left == {*theirs, "config.yaml", ".lock"}
 
 
 @pytest.mark.parametrize("name", ["summary.json", "checkpoints", "weights.bin"])
