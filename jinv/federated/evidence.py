@@ -538,7 +538,8 @@ def _solved(
 
 
 _VALUES = "values."
-_ENDINGS = (".safetensors", ".pth", ".pt", ".npz")
+ENDINGS = (".safetensors", ".pth", ".pt", ".npz")
+"""Of files that hold the values of evidence."""
 _MOST_JSON = 64 * 2**20
 
 
@@ -599,15 +600,15 @@ def load(path: str | Path, net: Net) -> Evidence:
 
 def _file(path: Path) -> Path:
     """Find the file of the values."""
-    if path.suffix in _ENDINGS and path.is_file():
+    if path.suffix in ENDINGS and path.is_file():
         return path
-    found = [file for ending in _ENDINGS if (file := _beside(path, ending)).is_file()]
+    found = [file for ending in ENDINGS if (file := _beside(path, ending)).is_file()]
     if len(found) > 1:
         names = " and ".join(file.name for file in found)
         raise ValueError(f"there are {names}: say which, with its ending")
     if not found:
         raise ValueError(
-            f"there is no file {_beside(path, '')} with one of the endings {', '.join(_ENDINGS)}"
+            f"there is no file {_beside(path, '')} with one of the endings {', '.join(ENDINGS)}"
         )
     return found[0]
 

@@ -88,7 +88,7 @@ class Config:
 
     network: Network
     client: Client | None = None
-    evidence: Annotated[str, File(endings=(".safetensors", ".npz", ".json"))] | None = None
+    evidence: Annotated[str, File(endings=(*evidence.ENDINGS, ".json"))] | None = None
     originals: tuple[Annotated[str, File()], ...] = ()
     original_classes: tuple[Class, ...] = ()
     labels: LabelMethod = "ilrg"
@@ -113,6 +113,8 @@ class Config:
             raise ValueError("the config needs a client to simulate, or evidence of a real one")
         if self.originals and self.client is not None:
             raise ValueError("originals belong to evidence; a simulated client has its own images")
+        if self.client is None:
+            checks.unused(self, "evidence does not say how it was defended", "knows_defence")
         if len(self.original_classes) not in (0, len(self.originals)):
             raise ValueError(
                 f"{len(self.original_classes)} classes for {len(self.originals)} originals"

@@ -24,7 +24,10 @@ def digests(config: Any) -> dict[str, str]:
     found = {}
     for key, text, note in _paths(config, ""):
         path = files.path(text)
-        places = [path, *(path.with_name(path.name + ending) for ending in note.endings)]
+        stem = path.name
+        for ending in note.endings:
+            stem = stem.removesuffix(ending)
+        places = [path, *(path.with_name(stem + ending) for ending in note.endings)]
         if text not in note.words and any(file.exists() for file in places):
             found[key] = _digest([file for file in places if file.exists()])
     return found

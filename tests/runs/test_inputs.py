@@ -63,6 +63,16 @@ def test_digests_are_of_the_files_that_are_named(here: Path) -> None:
         found = after
 
 
+@pytest.mark.parametrize("named", ["ev.1", "ev.1.npz", "ev.1.json"])
+def test_all_files_of_evidence_count_however_it_is_named(here: Path, named: str) -> None:
+    asked = Recipe(evidence=named)
+    before = inputs.digests(asked)
+    for file in ("ev.1.json", "ev.1.npz"):
+        (here / file).write_text(f"other {file}")
+        assert inputs.digests(asked) != before
+        before = inputs.digests(asked)
+
+
 def claim(path: Path, asked: Recipe) -> RunFolder:
     digests = inputs.digests(asked)
     return RunFolder(path, config.plain(asked), command="x", inputs=digests, resume=True)
