@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from jinv import checks, optimise
@@ -122,6 +125,37 @@ def optimizer(name: str) -> Optimizer:
     return OPTIMIZERS.get(name) or getattr(optax, name)
 
 
+def check_optimizer(name: str, arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments with which an optimizer cannot be run; nothing is computed.
+
+    Raises:
+      FieldError: it names the field, and the argument as far as the optimizer does.
+    """
+    try:
+        made = make_optimizer(name, lambda step: 0.1 + 0.0 * step, arguments)
+    except ValueError as error:
+        raise checks.FieldError("optimizer_args", f": {error}") from None
+    values = jax.ShapeDtypeStruct((2,), jnp.float32)
+    try:
+        state = jax.eval_shape(made.init, values)
+        if name != LBFGS:  # which wants the loss, too
+            jax.eval_shape(made.update, values, state, values)
+    except Exception as error:  # of optax, whatever it raises
+        told = str(error).partition("\n")[0]
+        raise checks.FieldError(
+            "optimizer", f": {name} cannot be run with a schedule and {dict(arguments)}: {told}"
+        ) from None
+
+
+def takes(name: str, argument: str) -> bool:
+    """Whether an optimizer has an argument of this name."""
+    try:
+        parameters = inspect.signature(optimizer(name)).parameters
+    except ValueError:
+        return False
+    return argument in parameters
+
+
 def make_optimizer(
     name: str, rate: optax.Schedule | None, arguments: Mapping[str, Any]
 ) -> optax.GradientTransformation:
@@ -133,7 +167,7 @@ def make_optimizer(
     factory = optimizer(name)
     try:
         made = factory(rate, **arguments)
-    except TypeError as error:
+    except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{name} refuses its arguments: {error}") from None
     if not isinstance(made, optax.GradientTransformation):
         raise ValueError(f"{name} is no optimizer")

@@ -71,6 +71,9 @@ class Phase:
         checks.fields(self)
 
 
+_FAST_ADAM = {"b1": 0.5, "b2": 0.9, "eps": 1e-8}
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """What defines the mathematics. Defaults: the published ImageNet command.
@@ -82,7 +85,8 @@ class Config:
         "small": pixels at that resolution, enlarged bilinearly for the next phase.
       lr: learning rate.
       optimizer: one of `schedules.OPTIMIZERS`, or of optax by its name.
-      optimizer_args: its keyword arguments other than the learning rate.
+      optimizer_args: its keyword arguments other than the learning rate; by default the published
+        ones of "adam", and none for an optimizer that has not these.
       schedule: one of `schedules.SCHEDULES`: "cosine" to `lr_floor` after `warmup` linear steps;
         "constant" after the same warm-up; "plateau": the rate times `plateau_factor` whenever
         `plateau_patience` percent of the phase's steps bring no better loss.
@@ -114,9 +118,7 @@ class Config:
     coarse: Literal["pooled", "small"] = "pooled"
     lr: Positive = 0.25
     optimizer: schedules.OptimizerName = "adam"
-    optimizer_args: Mapping[str, Any] = dataclasses.field(
-        default_factory=lambda: {"b1": 0.5, "b2": 0.9, "eps": 1e-8}
-    )
+    optimizer_args: Mapping[str, Any] = dataclasses.field(default_factory=lambda: dict(_FAST_ADAM))
     schedule: schedules.ScheduleName = "cosine"
     warmup: Natural = 100
     lr_floor: Share = 0.0
@@ -136,12 +138,15 @@ class Config:
     init_std: NotNegative = 1.0
 
     def __post_init__(self) -> None:
+        if self.optimizer_args == _FAST_ADAM and not schedules.takes(self.optimizer, "b1"):
+            object.__setattr__(self, "optimizer_args", {})
         checks.fields(self)
         if self.optimizer == schedules.LBFGS:
             raise ValueError(
                 "L-BFGS searches along each step, but these images are rolled and mirrored at "
                 "random from step to step: take another optimizer"
             )
+        schedules.check_optimizer(self.optimizer, self.optimizer_args)
         schedules.check_schedule(self)
         self._check_unused()
 
@@ -150,6 +155,12 @@ class Config:
             checks.unused(self, "label_loss is 'target_logit'", "temperature")
         if not self.adaptive:
             checks.unused(self, "adaptive is 0", "adaptive_temperature")
+        if self.coarse == "small" and self.phases[-1].downscale > 1:
+            raise checks.FieldError(
+                "coarse",
+                ": 'small' leaves the images as small as their last phase: end with a phase of "
+                "downscale: 1",
+            )
         if all(phase.downscale == 1 for phase in self.phases):
             checks.unused(self, "no phase has a downscale", "coarse")
         weights = [self.tv_l2 if phase.tv_l2 is None else phase.tv_l2 for phase in self.phases]

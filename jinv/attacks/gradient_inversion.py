@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -107,6 +108,7 @@ class Config:
 
     def __post_init__(self) -> None:
         checks.fields(self)
+        schedules.check_optimizer(self.optimizer, self.optimizer_args)
         schedules.check_schedule(self)
         self._check_unused()
 
@@ -380,6 +382,12 @@ def build(
     evidence = evidence.fitted(net)
     data = _data(config, net, evidence, labels)
     _check(config, evidence, data, execution)
+    if config.grouped and config.group_from >= config.steps:
+        warnings.warn(
+            f"the {config.seeds} seeds are independent: their consensus begins at step "
+            f"{config.group_from} (group_from), after the last of {config.steps} steps",
+            stacklevel=2,
+        )
     if config.batch_norm:
         tell_without_statistics(net, config.batch_norm)
     space = space or net.preprocessing

@@ -718,7 +718,7 @@ def test_student_preset_plateaus_and_stops_early() -> None:
     """A loss that cannot fall: of 40 steps, 1 + 15% are done, and every 5% halve the rate."""
     student = deepinversion.PRESETS["student"]
     config = dataclasses.replace(
-        student, phases=(Phase(40, jitter=0),), lr=0.0, flip=0.0, clip=False
+        student, phases=(Phase(40, jitter=0),), lr=1e-30, flip=0.0, clip=False
     )
     attack = attack_of(config)
     chunks: list[tuple[int, bool]] = []
@@ -858,19 +858,24 @@ def test_presets_build(name: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"phases": ()}, "at least one phase"),
-        ({"phases": (Phase(0),)}, r"steps and downscale must be positive.*steps=0"),
-        ({"phases": (Phase(1), Phase(1, downscale=0))}, r"must be positive.*downscale=0"),
-        ({"phases": (Phase(1, jitter=-1),)}, r"jitter at least 0.*jitter=-1"),
-        ({"temperature": 0.0}, "temperatures must be positive"),
-        ({"adaptive_temperature": -1.0}, "temperatures must be positive"),
-        ({"lr_floor": 1.5}, "lr_floor is a share"),
-        ({"flip": 1.5}, "flip is a probability, not 1.5"),
-        ({"flip": -0.1}, "flip is a probability, not -0.1"),
-        ({"optimizer": "adamm"}, "no optimizer is called 'adamm'"),
-        ({"optimizer": "_src"}, "no optimizer is called '_src'"),
-        ({"optimizer": "GradientTransformation"}, "no optimizer is called"),
-        ({"optimizer": "losses"}, "no optimizer is called 'losses'"),
+        ({"phases": ()}, "phases must be a list of one or more mappings"),
+        ({"temperature": 0.0}, "temperature must be a number above 0"),
+        ({"adaptive_temperature": -1.0}, "adaptive_temperature must be a number above 0"),
+        ({"lr_floor": 1.5}, "lr_floor must be a number of at least 0 and at most 1"),
+        ({"flip": 1.5}, "flip must be a number of at least 0 and at most 1, not 1.5"),
+        ({"flip": -0.1}, "flip must be a number of at least 0 and at most 1, not -0.1"),
+        ({"optimizer": "adamm"}, "optimizer must be one of .* not 'adamm': did you mean adam"),
+        ({"optimizer": "_src"}, "optimizer must be one of .* not '_src'"),
+        ({"optimizer": "GradientTransformation"}, "optimizer must be one of"),
+        ({"optimizer": "losses"}, "optimizer must be one of .* not 'losses'"),
+        ({"optimizer": "chain"}, "optimizer_args: chain refuses"),
+        ({"optimizer": "rprop"}, "optimizer: rprop cannot be run with a schedule"),
+        ({"optimizer_args": {"b1": "0.9"}}, "optimizer: adam cannot be run .*'b1': '0.9'"),
+        ({"optimizer_args": {"beta": 1}}, "optimizer_args: adam refuses its arguments: .*beta"),
+        (
+            {"coarse": "small", "phases": (Phase(1), Phase(1, downscale=2))},
+            "coarse: 'small' leaves the images as small as their last phase",
+        ),
         ({"optimizer": "lbfgs"}, "L-BFGS searches along each step"),
         ({"schedule": "linear"}, "schedule must be one of cosine, constant, plateau, not 'linear'"),
         ({"coarse": "tiny"}, "coarse.*'tiny'"),
@@ -881,12 +886,31 @@ def test_presets_build(name: str) -> None:
         ({"label_loss": "target_logit", "temperature": 2.0}, "temperature: 2.0 plays no part"),
         ({"adaptive_temperature": 2.0}, "adaptive_temperature: 2.0 plays no part: adaptive is 0"),
         ({"coarse": "small", "phases": (Phase(1),)}, "coarse: 'small' plays no part"),
-        ({"tv_l2": 0.0, "tv_per_image": True}, "tv_per_image: True plays no part: tv_l2 is 0"),
+        ({"tv_l2": 0.0, "tv_per_image": True}, "tv_per_image: true plays no part: tv_l2 is 0"),
     ],
 )
 def test_config_refuses(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Config(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps must be a whole number of at least 1, not 0"),
+        ({"steps": 1, "downscale": 0}, "downscale must be a whole number of at least 1, not 0"),
+        ({"steps": 1, "jitter": -1}, "jitter must be a whole number of at least 0, not -1"),
+    ],
+)
+def test_phases_refuse(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Phase(**settings)
+
+
+def test_the_published_arguments_are_those_of_optimizers_that_take_them() -> None:
+    assert Config(optimizer="sgd").optimizer_args == {}
+    assert Config(optimizer="adamw").optimizer_args == Config().optimizer_args
+    assert Config(optimizer="sgd", optimizer_args={"momentum": 0.9}).optimizer_args["momentum"]
 
 
 @pytest.mark.parametrize(
