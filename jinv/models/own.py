@@ -37,7 +37,7 @@ def make(name: str, classes: int | None = None) -> Net:
         except TypeError as error:
             asked = "without arguments" if classes is None else f"with classes={classes}"
             raise ValueError(f"{name} cannot be called {asked}: {error}") from None
-        net = function(**arguments)
+        net = _run(lambda: function(**arguments), f"{name} fails")
     if isinstance(net, nnx.Module):
         raise ValueError(
             f"{name} returns a bare {type(net).__name__}: wrap it, "
@@ -50,12 +50,23 @@ def make(name: str, classes: int | None = None) -> Net:
     return dataclasses.replace(net, name=name)
 
 
+def _run(made: Callable[[], Any], what: str) -> Any:
+    """Run a user's code; ValueError if it fails or ends the program."""
+    try:
+        return made()
+    except (ImportError, ValueError):
+        raise
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{what}: {type(error).__name__}: {error}") from error
+
+
 def _find(name: str) -> Callable[..., Any]:
     module, _, function = name.partition(":")
     if not all(part.isidentifier() for part in (*module.split("."), function)):
         raise ValueError(f"write package.module:function for a network of your own, not {name!r}")
     try:
-        found = getattr(importlib.import_module(module), function, None)
+        made = _run(lambda: importlib.import_module(module), f"{module} cannot be imported")
+        found = getattr(made, function, None)
     except ImportError as error:
         raise ValueError(
             f"cannot import {module} for the network {name}: {error} (installed packages and "

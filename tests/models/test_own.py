@@ -48,6 +48,12 @@ MODULE = """
     def text():
         return "no network"
 
+    def fails():
+        return 1 / 0
+
+    def leaves():
+        raise SystemExit("done")
+
     number = 3
 """
 IMAGES = np.zeros((2, 4, 4, 1), np.float32)
@@ -60,6 +66,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "own_package").mkdir()
     (tmp_path / "own_package" / "deep.py").write_text("from own_networks import net\n")
     (tmp_path / "own_broken.py").write_text("import no_such_module\n")
+    (tmp_path / "own_wrong.py").write_text("def net(:\n")
+    (tmp_path / "own_script.py").write_text("raise SystemExit(0)\n")
     monkeypatch.chdir(tmp_path)
     before = list(sys.path)
     yield tmp_path
@@ -117,6 +125,10 @@ def test_entry_and_template_of_an_own_network(folder: Path) -> None:
         ("own_networks:missing", "own_networks has no function missing"),
         ("own_nowhere:net", "cannot import own_nowhere .*No module named 'own_nowhere'"),
         ("own_broken:net", "cannot import own_broken .*No module named 'no_such_module'"),
+        ("own_wrong:net", "own_wrong cannot be imported: SyntaxError"),
+        ("own_script:net", "own_script cannot be imported: SystemExit: 0"),
+        ("own_networks:fails", "own_networks:fails fails: ZeroDivisionError: division by zero"),
+        ("own_networks:leaves", "own_networks:leaves fails: SystemExit"),
         ("own_networks:", "write package.module:function"),
         (":net", "write package.module:function"),
         ("own/networks.py:net", "write package.module:function"),
