@@ -305,17 +305,31 @@ def _read(config: Config) -> tuple[Net, data.Dataset, data.Dataset]:
         _, chosen_key = _keys(config)
         order = np.asarray(jax.random.permutation(chosen_key, len(train)))
         train = train.take(order[: config.train_images])
+    _check_classes(train)
     _check_shapes(config.model, train, test, space.channels)
     if source is not None:
         _check_proportions(train.images, space)
-    net = models.load(
-        config.model,
-        None,
-        classes=len(train.classes),
-        preprocessing=measured(train.images, usual.channels) if source is None else space,
-        seed=config.seed,
-    )
+    seen = measured(train.images, usual.channels) if source is None else space
+    try:
+        net = models.load(
+            config.model, None, classes=len(train.classes), preprocessing=seen, seed=config.seed
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; the images are {seen.height} x {seen.width} px, and {config.model} usually "
+            f"takes {usual.height} x {usual.width}"
+        ) from None
     return net if source is None else _with_body(net, source), train, test
+
+
+def _check_classes(train: data.Dataset) -> None:
+    """Refuse images that are all of one class: whatever a network says of them is right."""
+    if not train.has_attributes and len(np.unique(train.labels)) < 2:
+        raise ValueError(
+            f"all {len(train)} training images are of the class "
+            f"{train.classes[train.labels[0]]!r}: there is nothing to learn (name the folder that "
+            "holds the folders of the classes)"
+        )
 
 
 def _check_shapes(model: str, train: data.Dataset, test: data.Dataset, wanted: int) -> None:

@@ -451,3 +451,18 @@ def test_a_loss_that_explodes_ends_the_run(
     assert "not finite" in capsys.readouterr().err
     assert not (out / "weights.safetensors").exists()
     assert (out / "metrics.csv").exists()
+
+
+def test_images_of_one_class_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = np.zeros((40, 8, 8, 1), np.uint8)
+    images[::2] = 255
+    for split in ("train", "test"):
+        np.savez(tmp_path / f"{split}.npz", images=images, labels=np.zeros(40, int))
+    tree = {"model": "resnet20_cifar", "data": {"format": "arrays", "folder": str(tmp_path)}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(tree))
+    flags = ["--config", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "out")]
+    assert command_line.main(pretrain.COMMAND, flags) == 2
+    assert "all 40 training images are of the class '0'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
