@@ -693,8 +693,8 @@ class Source:
             raise ValueError("image and label belong to the format 'tfds'")
         if self.splits and self.format in ("fashion_mnist", "idx"):
             raise ValueError("splits belongs to the formats 'images', 'arrays' and 'tfds'")
-        if not set(self.splits) <= set(get_args(Split)):
-            raise ValueError(f"splits names some of {', '.join(get_args(Split))}")
+        for key in self.splits:
+            checks.one_of("a key of splits", key, get_args(Split))
 
     @property
     def takes_size(self) -> bool:

@@ -81,6 +81,12 @@ def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
+def _folder(text: str) -> Path:
+    if not text.strip():  # of a shell's variable that is not set
+        raise argparse.ArgumentTypeError("needs the name of a folder, not an empty one")
+    return Path(text)
+
+
 def _flags(
     command: Command, arguments: Sequence[str] | None
 ) -> tuple[argparse.Namespace, list[str]]:
@@ -96,7 +102,7 @@ def _flags(
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="NAME", help="a file, or a recipe of `jinv configs`")
-    parser.add_argument("--out", type=Path, metavar="FOLDER")
+    parser.add_argument("--out", type=_folder, metavar="FOLDER")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")

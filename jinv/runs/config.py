@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import importlib.resources
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -31,7 +32,7 @@ def find(name: str | Path) -> Path:
       ConfigError: there is neither.
     """
     path = files.path(name)
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         return path
     shipped = shipped_recipes()
     stem = path.name.removesuffix(".yaml")
@@ -79,7 +80,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, which refuses a key that is given twice."""
+    """The safe loader; it reads 1e-4 as a number, and refuses a key that is given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -88,6 +89,10 @@ class _Loader(yaml.SafeLoader):
             raise ValueError(f"line {node.start_mark.line + 1}: {', '.join(twice)} is given twice")
         return super().construct_mapping(node, deep)
 
+
+_Loader.add_implicit_resolver(  # which YAML 1.1 lacks
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"), list("-+0123456789")
+)
 
 _MOST_VALUES = 100_000
 

@@ -80,10 +80,10 @@ def test_writes_what_it_promises(finished: Path) -> None:
     assert set(summary["top1"]) == {"small", "judge"}
     assert set(summary["terms"]) == {"label", "batch_norm", "tv_l2", "l2"}
     assert list(images(finished)) == [
-        "000_class003_cat.png",
-        "001_class005_dog.png",
-        "002_class003_cat.png",
-        "003_class005_dog.png",
+        "000_class003_class-3.png",
+        "001_class005_class-5.png",
+        "002_class003_class-3.png",
+        "003_class005_class-5.png",
     ]
     for name in images(finished):
         assert Image.open(finished / "images" / name).size == (16, 16)

@@ -186,3 +186,16 @@ def test_help_lists_the_keys_without_a_config(
         if key.command == name:
             assert key.name in listed or key.name.startswith(starts), key.name
     assert max(map(len, told.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("out", ["", " "])
+def test_a_folder_without_a_name_is_none(
+    name: str, out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = COMMANDS[name]
+    assert command is not None
+    with pytest.raises(SystemExit) as left:
+        command_line.main(command, ["--config", str(tmp_path / "r.yaml"), "--out", out])
+    assert left.value.code == 2
+    assert "needs the name of a folder" in capsys.readouterr().err

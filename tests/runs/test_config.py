@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -39,6 +39,37 @@ def test_numbers_as_people_write_them(tmp_path: Path) -> None:
     outer = config.build(Outer, config.read_yaml(path))
     assert outer == Outer(2, Inner(3.0), (), 1e-4, (4, 5))
     assert isinstance(outer.inner.rate, float)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-4", 1e-4), ("-2E+3", -2000.0), ("1_0e2", 1000.0), ("'1e-4'", "1e-4"), ("e4", "e4")],
+)
+def test_exponents_need_no_point(tmp_path: Path, text: str, value: Any) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(f"any: {{key: {text}}}\n")
+    assert config.read_yaml(path) == {"any": {"key": value}}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: 1\nb: 2\na: 3\n",
+        "a: {b: 1, b: 2}",
+        "a: &a [*a]",
+        "a: &a [1,1,1,1,1,1,1,1,1,1]\n"
+        + "".join(
+            f"{x}: &{x} [{','.join([f'*{y}'] * 10)}]\n"
+            for x, y in zip("bcdef", "abcde", strict=True)
+        ),
+    ],
+    ids=["twice", "twice below", "itself", "billions"],
+)
+def test_trees_that_cannot_be_meant(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(config.ConfigError, match=r"bad\.yaml: .*(twice|itself)"):
+        config.read_yaml(path)
 
 
 @pytest.mark.parametrize(
