@@ -111,6 +111,11 @@ class File:
     endings: tuple[str, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class Code:
+    """That the text of an option may be `package.module:function`, whose file counts as named."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Word:
     """Which texts an option takes, as in `Annotated[str, Word(lambda: TABLE)]`: its keys.

@@ -16,7 +16,7 @@ from flax import nnx
 
 import weights_convert
 from jinv import data, files
-from jinv.checks import Word
+from jinv.checks import Code, Word
 from jinv.image import Preprocessing
 from jinv.models import (
     efficientnet,
@@ -173,7 +173,7 @@ def register(
 
 
 Name = Annotated[
-    str, Word(lambda: _REGISTRY, own.names_one, "package.module:function for your own")
+    str, Word(lambda: _REGISTRY, own.names_one, "package.module:function for your own"), Code()
 ]
 """The name of a network, in configs."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -19,10 +20,16 @@ def digests(config: Any) -> dict[str, str]:
     """Return a digest of the content of every file and folder that a config names, by its key.
 
     Args:
-      config: a dataclass whose paths are annotated as `checks.File`.
+      config: a dataclass whose paths are annotated as `checks.File`, and names of functions as
+        `checks.Code`; their modules have been imported.
     """
     found = {}
     for key, text, note in _paths(config, ""):
+        if isinstance(note, checks.Code):
+            file = getattr(sys.modules.get(text.partition(":")[0]), "__file__", None)
+            if ":" in text and file is not None:
+                found[key] = _digest([Path(file)])
+            continue
         path = files.path(text)
         stem = path.name
         for ending in note.endings:
@@ -33,7 +40,7 @@ def digests(config: Any) -> dict[str, str]:
     return found
 
 
-def _paths(config: Any, path: str) -> Iterator[tuple[str, str, checks.File]]:
+def _paths(config: Any, path: str) -> Iterator[tuple[str, str, checks.File | checks.Code]]:
     for name, hint in checks.hints(type(config)).items():
         value = getattr(config, name)
         entries = enumerate(value) if _is_list(value) else [(None, value)]
@@ -49,11 +56,11 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
 
 
-def _notes(hint: Any) -> Iterator[checks.File]:
+def _notes(hint: Any) -> Iterator[checks.File | checks.Code]:
     """Yield what annotations say of a path, or of the paths in a list."""
     for option in checks.options(hint):
         kind, notes = checks.bare(option)
-        yield from (note for note in notes if isinstance(note, checks.File))
+        yield from (note for note in notes if isinstance(note, checks.File | checks.Code))
         if get_origin(kind) is tuple:
             yield from _notes(get_args(kind)[0])
 

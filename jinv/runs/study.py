@@ -60,7 +60,7 @@ def runs(
     found = []
     for name, changes in variants.items() or [("", {})]:
         changed = _changed(command, config, name, changes)
-        slug = re.sub(r"[^A-Za-z0-9_.+-]+", "-", name).strip("-.")
+        slug = re.sub(r"[^\w.+-]+", "-", name).strip("-.")
         taken = {f.rstrip("/") for f in (CHECKPOINTS, *command.files)}
         if (name and not slug) or slug in taken:
             raise configs.ConfigError(f"variant {name!r} cannot name a folder: use other letters")

@@ -15,6 +15,7 @@ import yaml
 import jinv
 import weights_convert
 from jinv.checks import File
+from jinv.models.network import Network
 from jinv.recipes import invert
 from jinv.runs import command_line, config, inputs
 from jinv.runs.run_folder import FolderError, RunFolder
@@ -71,6 +72,19 @@ def test_all_files_of_evidence_count_however_it_is_named(here: Path, named: str)
         (here / file).write_text(f"other {file}")
         assert inputs.digests(asked) != before
         before = inputs.digests(asked)
+
+
+def test_the_code_of_ones_own_network_counts(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = here / "own_code_of_a_network.py"
+    file.write_text("from tiny import network\n")
+    monkeypatch.syspath_prepend(str(here))
+    asked = Network("own_code_of_a_network:network")
+    asked.load()
+    before = inputs.digests(asked)
+    assert list(before) == ["model"]
+    file.write_text("from tiny import network  # another\n")
+    assert inputs.digests(asked) != before
+    assert not inputs.digests(Network("lenet", "random"))
 
 
 def claim(path: Path, asked: Recipe) -> RunFolder:
