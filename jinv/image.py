@@ -145,19 +145,61 @@ def _like(values: np.ndarray, images: Array) -> Array:
     return jnp.asarray(values, images.dtype)
 
 
+def _check_floats(what: str, images: Array | np.ndarray) -> None:
+    """Refuse bytes and other whole numbers: arithmetic on them is that of whole numbers."""
+    if not jnp.issubdtype(_dtype(images), jnp.floating):
+        raise ValueError(
+            f"{what} are floating-point numbers, not {images.dtype}: of bytes, "
+            "jinv.image.from_bytes(images, preprocessing) makes normalised images, and "
+            "images / 255 pixels"
+        )
+
+
+def _check_bytes(images: Array | np.ndarray) -> None:
+    """Refuse what is not uint8: its range would be a guess."""
+    if _dtype(images) != np.uint8:
+        raise ValueError(
+            f"bytes are uint8, not {images.dtype}: of pixels, floats in [0, 1], "
+            "jinv.image.normalise(pixels, preprocessing) makes normalised images, and "
+            "jinv.image.to_bytes(pixels) bytes; whole numbers from 0 to 255 become bytes by "
+            "images.astype('uint8')"
+        )
+
+
+def _dtype(images: object) -> np.dtype:
+    if not isinstance(images, Array | np.ndarray | np.generic):
+        raise ValueError(f"images are a NumPy or JAX array, not a {type(images).__name__}")
+    return images.dtype
+
+
 def normalise(pixels: Array, preprocessing: Preprocessing) -> Array:
-    """Pixels in [0, 1] to the network's normalised space."""
+    """Pixels in [0, 1] to the network's normalised space.
+
+    Raises:
+      ValueError: they are no floating-point numbers.
+    """
+    _check_floats("pixels in [0, 1]", pixels)
     return pixels * _like(preprocessing.scale, pixels) + _like(preprocessing.black, pixels)
 
 
 def from_bytes(images: Array, preprocessing: Preprocessing, dtype: DTypeLike = "float32") -> Array:
-    """Bytes (B, H, W, 1, 3 or C) to normalised images (B, H, W, C), see `for_channels`."""
+    """Bytes (B, H, W, 1, 3 or C) to normalised images (B, H, W, C), see `for_channels`.
+
+    Raises:
+      ValueError: they are not uint8, or of another number of channels.
+    """
+    _check_bytes(images)
     seen = for_channels(images, preprocessing.channels)
     return normalise(jnp.asarray(seen, dtype) / 255, preprocessing)
 
 
 def denormalise(images: Array, preprocessing: Preprocessing) -> Array:
-    """Normalised images to pixels; inverse of `normalise`, not clipped."""
+    """Normalised images to pixels; inverse of `normalise`, not clipped.
+
+    Raises:
+      ValueError: they are no floating-point numbers.
+    """
+    _check_floats("normalised images", images)
     return (images - _like(preprocessing.black, images)) / _like(preprocessing.scale, images)
 
 
@@ -249,7 +291,11 @@ def resize_bytes(images: Array, size: int | Sequence[int], method: str = "bicubi
     """Bytes (B, H, W, C) of another size, in Pillow's two passes: along rows, then columns.
 
     Bicubic overshoots at edges; what is outside of bytes is cut off after each pass.
+
+    Raises:
+      ValueError: they are not uint8.
     """
+    _check_bytes(images)
     height, width = sides(size)
     for shape in ((images.shape[1], width), (height, width)):
         if images.shape[1:3] != shape:
@@ -259,7 +305,12 @@ def resize_bytes(images: Array, size: int | Sequence[int], method: str = "bicubi
 
 
 def to_bytes(pixels: Array | np.ndarray) -> np.ndarray:
-    """Pixels in [0, 1] (clipped) to uint8, rounded to nearest."""
+    """Pixels in [0, 1] (clipped) to uint8, rounded to nearest.
+
+    Raises:
+      ValueError: they are no floating-point numbers.
+    """
+    _check_floats("pixels in [0, 1]", np.asarray(pixels))
     return np.asarray(np.rint(np.clip(np.asarray(pixels, np.float32), 0, 1) * 255), np.uint8)
 
 

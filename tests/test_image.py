@@ -59,6 +59,42 @@ def test_normalise_known_values() -> None:
     np.testing.assert_allclose(image.normalise(white, LITE)[0, 0, 0], [1.0] * 3, rtol=1e-6)
 
 
+WHOLE = [np.uint8, np.int64, np.int32, np.bool_]
+
+
+@pytest.mark.parametrize("dtype", WHOLE)
+def test_pixels_and_normalised_images_that_are_no_floats_are_refused(dtype: Any) -> None:
+    given = np.ones((1, 2, 2, 3), dtype)
+    for use in (image.normalise, image.denormalise, lambda x, _: image.to_bytes(x)):
+        for images in (given, jnp.asarray(given)):
+            with pytest.raises(ValueError, match=r"floating-point numbers, not .*from_bytes"):
+                use(images, IMAGENET)
+    with pytest.raises(ValueError, match="floating-point numbers"):
+        jax.eval_shape(lambda x: image.normalise(x, IMAGENET), given)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, *WHOLE[1:]])
+def test_bytes_that_are_not_uint8_are_refused(dtype: Any) -> None:
+    given = np.ones((1, 2, 2, 3), dtype)
+    for use in (
+        lambda x: image.from_bytes(x, IMAGENET),
+        lambda x: image.from_bytes(x, GRAY),
+        lambda x: image.resize_bytes(x, 4),
+    ):
+        for images in (given, jnp.asarray(given)):
+            with pytest.raises(ValueError, match=r"uint8, not .*normalise"):
+                use(images)
+        with pytest.raises(ValueError, match=r"uint8, not .*normalise"):
+            jax.eval_shape(use, given)
+
+
+def test_images_that_are_no_array_are_refused() -> None:
+    with pytest.raises(ValueError, match="array, not a list"):
+        image.normalise([[0.5]], IMAGENET)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="array, not a"):
+        image.from_bytes(Image.new("RGB", (2, 2)), IMAGENET)  # type: ignore[arg-type]
+
+
 @SPACES
 def test_denormalise_undoes_normalise(space: Preprocessing) -> None:
     pixels = 2 * random((2, 5, 4, space.channels)) - 0.5  # not clipped outside [0, 1] either
