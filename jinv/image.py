@@ -36,7 +36,8 @@ class Preprocessing:
       pixel_range: (lo, hi), the values of black and white before normalisation.
 
     Raises:
-      ValueError: a value is none of these; std is not positive, or pixel_range does not rise.
+      ValueError: a value is none of these; std is not positive, pixel_range does not rise, or mean
+        lies outside of it.
     """
 
     size: int | tuple[int, int] = 224
@@ -62,6 +63,16 @@ class Preprocessing:
             raise ValueError(
                 "pixel_range must be two rising numbers, the values of black and white, such as "
                 f"(0, 255); not {self.pixel_range!r}"
+            )
+        if mean.min() < ends[0] or mean.max() > ends[1]:
+            raise ValueError(
+                f"mean must lie in pixel_range, {tuple(ends.tolist())}, in whose units it and std "
+                f"are, not {self.mean!r}: "
+                + (
+                    "give pixel_range=(0, 255) with these"
+                    if mean.min() >= 0 and 1 < mean.max() <= 255
+                    else "give the values of black and white that it is of as pixel_range"
+                )
             )
         object.__setattr__(self, "size", height if height == width else (height, width))
         object.__setattr__(self, "mean", tuple(mean.tolist()))

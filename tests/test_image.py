@@ -59,6 +59,12 @@ def test_normalise_known_values() -> None:
     np.testing.assert_allclose(image.normalise(white, LITE)[0, 0, 0], [1.0] * 3, rtol=1e-6)
 
 
+@pytest.mark.parametrize("mean", [0.0, 255.0, 127.5])
+def test_a_mean_may_be_at_an_end_of_the_range(mean: float) -> None:
+    Preprocessing(mean=mean, std=58.0, pixel_range=(0, 255))
+    Preprocessing(mean=mean / 255, std=0.2)
+
+
 WHOLE = [np.uint8, np.int64, np.int32, np.bool_]
 
 
@@ -175,6 +181,15 @@ def test_clip_to_the_valid_range(space: Preprocessing) -> None:
         ({"mean": np.full((3, 1, 1), 0.5)}, "a flat list"),
         ({"mean": [[0.5], [0.5, 0.5]]}, "a flat list"),
         ({"mean": np.full(4, 0.5)}, "one value a channel: 4 against 3"),
+        (
+            {"mean": (123.0, 116.0, 103.0), "std": (58.0, 57.0, 57.0)},
+            r"pixel_range, \(0.0, 1.0\), .*not \(123.0, 116.0, 103.0\): .*pixel_range=\(0, 255\)",
+        ),
+        ({"mean": (0.5, 0.5, 127.5)}, r"give pixel_range=\(0, 255\)"),
+        ({"mean": 33.3, "std": 78.6}, r"give pixel_range=\(0, 255\)"),
+        ({"mean": -0.1}, "the values of black and white"),
+        ({"mean": 30000.0, "std": 9.0}, "the values of black and white"),
+        ({"mean": 1.5, "pixel_range": (-1, 1)}, r"pixel_range, \(-1.0, 1.0\)"),
     ],
 )
 def test_preprocessing_refuses(settings: dict[str, Any], message: str) -> None:
