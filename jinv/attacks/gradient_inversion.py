@@ -426,10 +426,17 @@ def _data(config: Config, net: Net, evidence: Evidence, labels: Labels) -> Data:
         moments = net.running_moments() if evidence.moments is None else evidence.moments
     one_hot: Any = ()
     if labels is not None:
-        count, chosen = evidence.images, np.asarray(labels)
-        fits = chosen.shape in ((count,), (config.seeds, count))
-        if not fits or chosen.min() < 0 or chosen.max() >= net.classes:
-            raise ValueError(f"{count} labels from 0 to {net.classes - 1} are needed, not {labels}")
+        count = evidence.images
+        needed = f"{count} labels from 0 to {net.classes - 1} are needed"
+        try:
+            chosen = evidences.as_classes(net, labels)
+        except ValueError as error:
+            raise ValueError(f"{needed}: {error}") from None
+        if chosen.shape not in ((count,), (config.seeds, count)):
+            raise ValueError(
+                f"{needed}, one an image, or as many for each of the {config.seeds} seeds, not "
+                f"labels of shape {chosen.shape}"
+            )
         of_seeds = np.broadcast_to(chosen, (config.seeds, count))
         one_hot = jax.nn.one_hot(of_seeds, net.classes)
     return Data(net.variables, as_parameters(net, evidence.values), moments, one_hot)

@@ -290,6 +290,28 @@ def within(tree: Parameters, paths: Parameters) -> dict[Any, Any]:
     }
 
 
+def as_classes(net: Net, labels: Any) -> np.ndarray:
+    """Return labels as an array of the network's classes, of whatever shape they have.
+
+    Raises:
+      ValueError: they are no whole numbers; or it names the first one that is no class.
+    """
+    try:
+        found = np.asarray(labels)
+    except (TypeError, ValueError):  # lists of several lengths, others' tensors
+        found = np.asarray(None)
+    if found.size and found.dtype.kind not in "iu":
+        raise ValueError(
+            f"labels are the numbers of classes, whole numbers, not {checks.shown(labels)}"
+        )
+    for place in map(tuple, np.argwhere((found < 0) | (found >= net.classes))):
+        raise ValueError(
+            f"label {', '.join(map(str, place))} is {found[place]}; {net.name} has classes 0 to "
+            f"{net.classes - 1}"
+        )
+    return found
+
+
 Simulator = Callable[[Array | np.ndarray, Sequence[int]], tuple[Evidence, Secret]]
 """(normalised images (K, H, W, C), their K classes) -> what it sends, and the secret behind it."""
 
@@ -318,9 +340,12 @@ def simulator(
     see = jax.jit(net.mode(training))
 
     def client(images: Array | np.ndarray, labels: Sequence[int]) -> tuple[Evidence, Secret]:
-        images, chosen = jnp.asarray(images), np.asarray(labels)
-        if chosen.shape != (len(images),) or chosen.min() < 0 or chosen.max() >= net.classes:
-            raise ValueError(f"{len(images)} images need as many labels in 0 to {net.classes - 1}")
+        images, chosen = jnp.asarray(images), as_classes(net, labels)
+        if chosen.shape != images.shape[:1]:
+            raise ValueError(
+                f"{len(images)} images need as many labels in 0 to {net.classes - 1}, one class "
+                f"each, not labels of shape {chosen.shape}"
+            )
         one_hot = jax.nn.one_hot(chosen, net.classes)
         values = jax.device_get(send(net.variables, images, one_hot))
         known = None

@@ -476,7 +476,12 @@ def test_the_program_grows_with_the_layers_not_with_their_square(kind: Any) -> N
     [
         ([2], {}, "2 labels from 0 to 6 are needed"),
         ([2, 7], {}, "2 labels from 0 to 6 are needed"),
+        ([2, 7], {}, "label 1 is 7; tiny has classes 0 to 6"),
         ([[2, 5], [5, 2]], {}, "2 labels from 0 to 6 are needed"),
+        ([[2, 5], [5, 2]], {}, r"each of the 8 seeds, not labels of shape \(2, 2\)"),
+        ([2.5, 5.0], {}, r"whole numbers, not \[2.5, 5.0\]"),
+        (["2", "5"], {}, "whole numbers"),
+        ([], {}, r"not labels of shape \(0,\)"),
         ([2, 5], {"execution": Execution(devices=99)}, "99 devices asked for"),
         ([2, 5], {"execution": Execution(seeds_at_once=3)}, "8 seeds cannot be taken 3 at once"),
     ],

@@ -807,6 +807,27 @@ def test_a_client_is_compiled_once() -> None:
         client(batches[0][0], [1, 2])
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([3.5, 6.2], r"whole numbers, not \[3.5, 6.2\]"),
+        (["3", "1"], r"whole numbers, not \['3', '1'\]"),
+        ([True, False], "whole numbers"),
+        ([None, 1], "whole numbers"),
+        ([[3], [1, 2]], "whole numbers"),
+        ([], r"2 images need as many labels in 0 to 6, one class each, not labels of shape \(0,\)"),
+        (3, r"not labels of shape \(\)"),
+        (np.eye(7, dtype=int)[:2], r"not labels of shape \(2, 7\)"),
+        ([3, 12], "label 1 is 12; tiny has classes 0 to 6"),
+        (np.asarray([-1, 3]), "label 0 is -1; tiny has classes 0 to 6"),
+        (jnp.asarray([7, 8]), "label 0 is 7; tiny has classes 0 to 6"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(labels: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        evidence.simulate(tiny.network(), tiny.noise((2, 16, 16, 3)), labels)
+
+
 def test_a_simulator_of_unknown_statistics_is_refused() -> None:
     with pytest.raises(ValueError, match="statistics must be one of none, running, exact, update"):
         evidence.simulator(tiny.network(), statistics="all")  # type: ignore[arg-type]
