@@ -33,6 +33,10 @@ class Head:
       probabilities: (C,) the attacker's guess of the mean prediction, such as the network's on
         noise or on public images; uniform if None.
       scaled: the gradients are known up to a positive factor only, as where a client clips.
+
+    Raises:
+      ValueError: shapes that do not fit, values that are not finite, no whole number of images, or
+        probabilities that are no distribution.
     """
 
     weight: np.ndarray
@@ -44,20 +48,34 @@ class Head:
     scaled: bool = False
 
     def __post_init__(self) -> None:
-        features, classes = np.shape(self.weight)
-        if np.shape(self.weight_gradient) != (features, classes):
+        shape = np.shape(self.weight)
+        if len(shape) != 2:
+            raise ValueError(f"a head's weight is (D, C), one column a class, not {shape}")
+        if np.shape(self.weight_gradient) != shape:
             raise ValueError(
-                f"the head's gradient is {np.shape(self.weight_gradient)}, its weight "
-                f"{(features, classes)}"
+                f"the head's gradient is {np.shape(self.weight_gradient)}, its weight {shape}"
             )
+        classes = shape[1]
         for name in ("bias", "bias_gradient", "probabilities"):
             value = getattr(self, name)
             if value is not None and np.shape(value) != (classes,):
                 raise ValueError(f"the head's {name} is {np.shape(value)}, not ({classes},)")
         if (self.bias is None) != (self.bias_gradient is None):
             raise ValueError("a head has a bias and its gradient, or neither")
-        if self.images < 1:
-            raise ValueError(f"a batch has at least one image, not {self.images}")
+        for name in ("weight", "weight_gradient", "bias", "bias_gradient", "probabilities"):
+            if not np.isfinite(_numbers(name, getattr(self, name))).all():
+                raise ValueError(f"the head's {name} has values that are not finite")
+        if not checks.fits(checks.Count, self.images):
+            raise ValueError(
+                f"a batch has at least one image, a whole number of them, not {self.images!r}"
+            )
+        guess = self.guess
+        if guess.min() < 0 or abs(guess.sum() - 1) > 0.01:
+            raise ValueError(
+                "the head's probabilities are no distribution: they run from "
+                f"{guess.min():g} to {guess.max():g} and sum to {guess.sum():g}; give the mean of "
+                "softmax(logits)"
+            )
 
     @property
     def classes(self) -> int:
@@ -80,6 +98,13 @@ class Head:
         if self.bias_gradient is not None:
             return np.asarray(self.bias_gradient, np.float64)
         return np.asarray(self.weight_gradient, np.float64).sum(0)
+
+
+def _numbers(name: str, value: Any) -> np.ndarray:
+    try:
+        return np.asarray(() if value is None else value, np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"the head's {name} holds {checks.shown(value)}, no numbers") from None
 
 
 def head_of(net: Net, evidence: Evidence, scaled: bool = False) -> Head:
@@ -246,10 +271,22 @@ def restore(head: Head, method: str = "identity") -> np.ndarray:
       method: one of `METHODS`.
 
     Raises:
-      ValueError: unknown method, or one that needs what the head has not.
+      ValueError: unknown method, or one that needs what the head has not, or whose counts are
+        none.
     """
     checks.one_of("method", method, METHODS)
-    return METHODS[method](head)
+    counts = np.asarray(METHODS[method](head))
+    wanted = f"a method of restoring labels returns {head.classes} whole numbers of images, one a"
+    if counts.shape != (head.classes,) or counts.dtype.kind not in "iuf":
+        raise ValueError(
+            f"{wanted} class; {method} returned {counts.dtype} values of shape {counts.shape}"
+        )
+    if (counts < 0).any() or (counts % 1 != 0).any() or counts.sum() != head.images:
+        raise ValueError(
+            f"{wanted} class, that sum to {head.images}; {method} returned "
+            f"{checks.shown(counts.tolist())}"
+        )
+    return counts.astype(int)
 
 
 def as_list(counts: np.ndarray) -> list[int]:

@@ -221,6 +221,18 @@ def test_scores_by_hand() -> None:
         ({"bias_gradient": None}, "a bias and its gradient, or neither"),
         ({"bias": np.zeros(5)}, r"bias is \(5,\), not \(4,\)"),
         ({"images": 0}, "at least one image"),
+        ({"images": 2.5}, "a whole number of them, not 2.5"),
+        ({"images": "2"}, "not '2'"),
+        ({"images": True}, "not True"),
+        ({"weight": np.zeros(4)}, r"weight is \(D, C\), one column a class, not \(4,\)"),
+        ({"weight_gradient": np.full((3, 4), np.nan)}, "weight_gradient has values .* not finite"),
+        ({"bias_gradient": [0, 0, 0, -np.inf]}, "bias_gradient has values that are not finite"),
+        ({"weight": np.full((3, 4), np.inf)}, "head's weight has values that are not finite"),
+        ({"bias": ["a"] * 4}, "bias holds .* no numbers"),
+        ({"probabilities": [3, 0, 0, 1]}, "no distribution: they run from 0 to 3 and sum to 4"),
+        ({"probabilities": [-1, 1, 1, 0]}, "no distribution"),
+        ({"probabilities": [0.1] * 4}, r"sum to 0.4; give the mean of softmax\(logits\)"),
+        ({"probabilities": [np.nan, 0, 0, 1]}, "probabilities has values that are not finite"),
     ],
 )
 def test_heads_that_do_not_fit_are_refused(settings: dict, message: str) -> None:
@@ -252,6 +264,34 @@ def test_a_method_of_ones_own_is_restored_by(monkeypatch: pytest.MonkeyPatch) ->
     assert labels.restore(head, "first").tolist() == [4, 0, 0]
     with pytest.raises(ValueError, match="cannot be called 'llg'"):
         labels.register("llg", labels.llg)
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ([2, 2], r"returns 3 whole numbers .*; own returned int64 values of shape \(2,\)"),
+        ([[4, 0, 0]], r"of shape \(1, 3\)"),
+        (None, "returned object values"),
+        ([True, True, False], "returned bool values"),
+        ([1, 1, 1], r"that sum to 4; own returned \[1, 1, 1\]"),
+        ([5, -1, 0], r"returned \[5, -1, 0\]"),
+        ([2.5, 1.5, 0], r"returned \[2.5, 1.5, 0.0\]"),
+        ([np.nan, 4, 0], "returned"),
+    ],
+)
+def test_what_a_method_of_ones_own_returns_is_checked(
+    monkeypatch: pytest.MonkeyPatch, counts: object, message: str
+) -> None:
+    head = labels.Head(np.zeros((2, 3)), np.zeros((2, 3)), images=4)
+    monkeypatch.setitem(labels.METHODS, "own", lambda head: counts)
+    with pytest.raises(ValueError, match=message):
+        labels.restore(head, "own")
+
+
+def test_whole_floats_are_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = labels.Head(np.zeros((2, 3)), np.zeros((2, 3)), images=4)
+    monkeypatch.setitem(labels.METHODS, "own", lambda head: [3.0, 1.0, 0.0])
+    assert labels.as_list(labels.restore(head, "own")) == [0, 0, 0, 1]
 
 
 class Between(nnx.Module):
