@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 import weights_convert
-from jinv import data, files
+from jinv import checks, data, files
 from jinv.checks import Code, Word
 from jinv.image import Preprocessing
 from jinv.models import (
@@ -200,12 +200,19 @@ def entry(name: str) -> Entry:
 
 
 def template(name: str, classes: int | None = None) -> dict[str, Any]:
-    """Return the network's variables as a nested dict of shapes and dtypes; allocates nothing."""
+    """Return the network's variables as a nested dict of shapes and dtypes; allocates nothing.
+
+    Raises:
+      ValueError: there is no such network, or classes that are no positive whole number.
+    """
+    _check_classes(classes)
     if own.names_one(name):
         variables = own.make(name, classes).variables
         return jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), dict(variables))
     found = entry(name)
-    build = functools.partial(found.build, classes=classes or found.classes)
+    build = functools.partial(
+        found.build, classes=found.classes if classes is None else int(classes)
+    )
     return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))))
 
 
@@ -230,10 +237,11 @@ def load(
       seed: of random weights.
 
     Raises:
-      ValueError: unknown name, or weights that do not fit (the message says why, and which
-        network or how many classes they fit).
+      ValueError: unknown name, classes that are no positive whole number, or weights that do not
+        fit (the message says why, and which network or how many classes they fit).
       FileNotFoundError: the package that holds the weights is not installed.
     """
+    _check_classes(classes)
     if own.names_one(name):
         net = own.make(name, classes)
         if weights is not None and weights != "package":
@@ -241,7 +249,8 @@ def load(
             net = dataclasses.replace(net, class_names=_names_beside(weights, net.classes))
         return dataclasses.replace(net, preprocessing=preprocessing or net.preprocessing)
     found = entry(name)
-    build = functools.partial(found.build, classes=classes or found.classes)
+    count = found.classes if classes is None else int(classes)
+    build = functools.partial(found.build, classes=count)
     preprocessing = preprocessing or found.preprocessing
     if weights is None:
         return _net(build(rngs=nnx.Rngs(seed)), preprocessing, name, _usual_names(found, classes))
@@ -249,8 +258,13 @@ def load(
     variables = _read(name, path, template(name, classes))
     model = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
     nnx.update(model, variables)
-    names = _names_beside(path, classes or found.classes) or _usual_names(found, classes)
+    names = _names_beside(path, count) or _usual_names(found, classes)
     return _net(model, preprocessing, name, names)
+
+
+def _check_classes(classes: object) -> None:
+    if classes is not None and not checks.fits(checks.Count, classes):
+        raise ValueError(f"classes{checks.refusal(checks.Count, classes)}")
 
 
 def _net(

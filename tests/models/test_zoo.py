@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import math
+import re
 import types
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +19,7 @@ from flax import nnx
 from PIL import Image
 
 import weights_convert
-from jinv import image, models
+from jinv import checks, image, models
 from jinv.models import layers, registry
 from jinv.net import Net
 
@@ -464,6 +465,21 @@ def test_load_with_own_classes_and_preprocessing(tmp_path: Path) -> None:
     net = models.load("resnet20_cifar", path, classes=7, preprocessing=mine)
     assert (net.name, net.classes, net.preprocessing) == ("resnet20_cifar", 7, mine)
     assert net(jnp.zeros((2, 40, 40, 3))).logits.shape == (2, 7)
+
+
+@pytest.mark.parametrize("classes", [0, -1, "5", 2.0, True, (5,)])
+@pytest.mark.parametrize("name", ["lenet", "somebodys:network"])
+def test_classes_that_are_no_number_of_classes_are_refused(name: str, classes: Any) -> None:
+    told = re.escape(f"not {checks.shown(classes)}")
+    for use in (models.template, lambda *args, **kwargs: models.load(*args, None, **kwargs)):
+        with pytest.raises(
+            ValueError, match=f"classes must be a whole number of at least 1, {told}"
+        ):
+            use(name, classes=classes)
+
+
+def test_classes_may_be_of_numpy() -> None:
+    assert models.load("lenet", None, classes=np.int64(3)).classes == 3  # type: ignore[arg-type]
 
 
 def test_names_come_in_the_order_of_torchs_state_dict() -> None:
