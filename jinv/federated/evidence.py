@@ -645,7 +645,11 @@ def _circumstances(path: Path) -> dict[str, Any]:
     if path.stat().st_size > _MOST_JSON:
         raise ValueError(f"{path.name} is larger than {_MOST_JSON} bytes")
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=_no_number)
+        found = json.loads(
+            path.read_text(encoding="utf-8-sig"),
+            parse_constant=_no_number,
+            object_pairs_hook=_each_key_once,
+        )
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.name} is no JSON: {error}") from None
     if not isinstance(found, dict):
@@ -671,6 +675,15 @@ def _check_keys(what: str, found: Mapping[str, Any], known: Iterable[str]) -> No
         near = difflib.get_close_matches(key.lower(), known, 1)
         meant = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known)}"
         raise ValueError(f"{what} has an unknown key {key!r}; {meant}")
+
+
+def _each_key_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {checks.shown(key)} is there twice: keep one of them")
+        found[key] = value
+    return found
 
 
 def _no_number(text: str) -> None:

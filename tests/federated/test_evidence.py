@@ -279,6 +279,12 @@ def test_wrong_evidence_names_the_layer(tmp_path: Path, value: Any, message: str
         ('{"images": 4, "statistics": "Exact"}', "statistics must be one of .*, not 'Exact'"),
         ('{"images": 4, "statistics": null}', "statistics must be one of .*, not nothing"),
         ('{"images": 4, "statistics": ["none"]}', "statistics must be one of"),
+        ('{"images": 4, "images": 2}', "the key 'images' is there twice"),
+        ('{"images": 4, "training": true, "training": true}', "key 'training' is there twice"),
+        (
+            '{"images": 1, "local": {"lr": 0.1, "batches": [[0]], "lr": 0.2}}',
+            "the key 'lr' is there twice",
+        ),
         ('{"image": 4}', "unknown key 'image'; did you mean images"),
         ('{"images": 4, "Training": true}', "unknown key 'Training'; did you mean training"),
         ('{"images": 4, "lr": 0.1}', "unknown key 'lr'; there are: "),
