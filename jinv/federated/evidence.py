@@ -15,6 +15,7 @@ import json
 import math
 import numbers
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -466,8 +467,14 @@ def from_arrays(
       ValueError: names the arrays that do not fit, by index and name.
     """
     named = _order(net, len(arrays)) if names is None else tuple(names)
-    if len(named) != len(arrays) or len(set(named)) != len(named):
+    if len(named) != len(arrays):
         raise ValueError(f"{len(arrays)} arrays need as many different names, not {len(named)}")
+    if twice := [name for name, count in Counter(named).items() if count > 1]:
+        more = f" and {len(twice) - 10} more" if len(twice) > 10 else ""
+        raise ValueError(
+            f"{len(arrays)} arrays need as many different names; more than once there: "
+            f"{', '.join(map(str, twice[:10]))}{more}"
+        )
     places = {name: np.asarray(i) for i, name in enumerate(named)}
     shapes = weights_convert.shapes(net.variables)
     wrong = []

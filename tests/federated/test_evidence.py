@@ -697,6 +697,8 @@ def test_arrays_that_do_not_fit_are_told_by_index_and_name() -> None:
         evidence.from_arrays(arrays[:-1], net, images=4)
     with pytest.raises(ValueError, match="2 arrays need as many different names, not 1"):
         evidence.from_arrays(arrays[-2:], net, names=["linear.bias"], images=4)
+    with pytest.raises(ValueError, match=r"4 arrays .* more than once there: fc.bias, fc.weight"):
+        evidence.from_arrays(arrays[-4:], net, names=["fc.bias", "fc.weight"] * 2, images=4)
     names = [f"module.{name}" for name in order[-2:]]
     head = evidence.from_arrays(arrays[-2:], net, names=names, images=4)
     assert list(head.values) == ["linear"]
