@@ -116,6 +116,19 @@ class Preprocessing:
         return (self.pixel_range[1] - np.asarray(self.mean)) / np.asarray(self.std)
 
 
+def check_space(what: str, space: object) -> None:
+    """Refuse what is no `Preprocessing`.
+
+    Raises:
+      ValueError: it names what was to be one.
+    """
+    if not isinstance(space, Preprocessing):
+        raise ValueError(
+            f"{what} must be a jinv.Preprocessing, such as Preprocessing(size=32, mean=(0.5,) * 3, "
+            f"std=(0.25,) * 3), not {space!r}"
+        )
+
+
 def sides(size: int | Sequence[int]) -> tuple[int, int]:
     """Return height and width of a size: of one side, or of the two.
 

@@ -20,7 +20,7 @@ from jax import Array
 
 from jinv import calls
 from jinv.calls import NetworkError
-from jinv.image import Preprocessing, sides
+from jinv.image import Preprocessing, check_space, sides
 from jinv.watch import Moments as Moments
 from jinv.watch import Path, Record, Variables, dotted, draws, hand_out, intercept, switch, watch
 from jinv.watch import batch_moments as batch_moments
@@ -156,6 +156,7 @@ class Net:
         """
         if not isinstance(model, nnx.Module):
             raise NetworkError(f"Net.from_nnx takes an nnx.Module, not {_kind(model)}")
+        check_space("preprocessing", preprocessing)
         name = name or type(model).__name__
         given, differs = _split(training, call, arguments)
         found = calls.arguments(name, "Net.from_nnx", model, given, differs)
@@ -232,6 +233,7 @@ class Net:
                 "Net.from_linen takes variables as module.init returns them, such as "
                 f'{{"params": ..., "batch_stats": ...}}, not {_kind(variables)}'
             )
+        check_space("preprocessing", preprocessing)
         name = name or type(module).__name__
         given, differs = _split(training, call, arguments)
         found = calls.arguments(name, "Net.from_linen", module, given, differs)

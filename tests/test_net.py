@@ -774,6 +774,16 @@ def test_what_is_no_network_is_refused() -> None:
             make(*given, SPACE)
 
 
+@pytest.mark.parametrize("space", [16, (16, 16), None, {"size": 16}, Preprocessing])
+def test_a_preprocessing_that_is_none_is_refused(space: Any) -> None:
+    for make, given in (
+        (Net.from_nnx, (own_model(),)),
+        (Net.from_linen, (OwnLinen(), linen_variables(own_model()))),
+    ):
+        with pytest.raises(ValueError, match=r"must be a jinv.Preprocessing, such as Prep.*, not"):
+            make(*given, space)
+
+
 def test_variables_that_are_no_arrays_are_refused() -> None:
     class Held(nnx.Module):
         def __init__(self) -> None:

@@ -17,7 +17,7 @@ from flax import nnx
 import weights_convert
 from jinv import checks, data, files
 from jinv.checks import Code, Word
-from jinv.image import Preprocessing
+from jinv.image import Preprocessing, check_space
 from jinv.models import (
     efficientnet,
     efficientnet_lite,
@@ -163,12 +163,15 @@ def register(
       package: an installable one that holds its weights, if there is any.
 
     Raises:
-      ValueError: the name is taken, or looks like `package.module:function`.
+      ValueError: the name is taken, or looks like `package.module:function`; preprocessing or
+        classes that are none.
     """
     if name in _REGISTRY:
         raise ValueError(f"a network is called {name!r} already: choose another name")
     if own.names_one(name):
         raise ValueError(f"a registered name holds no colon: {name!r}")
+    check_space("preprocessing", preprocessing)
+    _check_classes(classes)
     _REGISTRY[name] = Entry(build, preprocessing, classes, package)
 
 
@@ -242,6 +245,8 @@ def load(
       FileNotFoundError: the package that holds the weights is not installed.
     """
     _check_classes(classes)
+    if preprocessing is not None:
+        check_space("preprocessing", preprocessing)
     if own.names_one(name):
         net = own.make(name, classes)
         if weights is not None and weights != "package":

@@ -179,5 +179,11 @@ def test_taken_and_odd_names_are_not_registered(
     monkeypatch.setattr(registry, "_REGISTRY", before := dict(registry._REGISTRY))
     with pytest.raises(ValueError, match=message):
         models.register(name, build, tiny.SPACE, 5)
+    with pytest.raises(ValueError, match="classes must be a whole number of at least 1, not 0"):
+        models.register("mine", build, tiny.SPACE, 0)
+    with pytest.raises(ValueError, match=r"must be a jinv.Preprocessing, .* not 16"):
+        models.register("mine", build, 16, 5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"must be a jinv.Preprocessing, .* not 'imagenet'"):
+        models.load("lenet", None, preprocessing="imagenet")  # type: ignore[arg-type]
     assert before == registry._REGISTRY
     assert models.entry("resnet18").classes == 1000
