@@ -431,6 +431,19 @@ def _build(
     )
 
 
+def check_net(what: str, thing: object) -> None:
+    """Refuse what is no `Net`, with what is likely meant.
+
+    Raises:
+      NetworkError: it names what was to be one.
+    """
+    if not isinstance(thing, Net):
+        inner = isinstance(getattr(thing, "net", None), Net)
+        raise NetworkError(
+            f"{what} must be a jinv.Net, not {_kind(thing)}" + (": give its `net`" if inner else "")
+        )
+
+
 def check_size(net: Net, size: int | Sequence[int]) -> None:
     """Refuse a size of images, a side or (height, width), that the network cannot be run on.
 

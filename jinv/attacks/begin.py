@@ -36,5 +36,11 @@ WEIGHTS = Weights(label=0.8, batch_norm=0.05, first_bn_multiplier=1.0)
 
 
 def members(nets: Sequence[Net], weights: Weights = WEIGHTS) -> list[Member]:
-    """Give all networks equal weights. One without BatchNorm adds its cross-entropy only."""
+    """Give all networks equal weights. One without BatchNorm adds its cross-entropy only.
+
+    Raises:
+      ValueError: the nets are no list of networks.
+    """
+    if isinstance(nets, Net):
+        raise ValueError("nets are a list, also of one network: [net]")
     return [Member(net, weights) for net in nets]

@@ -22,13 +22,14 @@ from jax.sharding import Mesh
 from jinv import calls, checks, image, optimise, parallel, schedules
 from jinv.checks import Count, Natural, NotNegative, Positive, PositiveShare, Share, Some
 from jinv.image import Preprocessing
-from jinv.net import Net, Outputs
+from jinv.net import Net, Outputs, check_net
 from jinv.objective import ensemble, microbatch, priors
 from jinv.objective.terms import (
     ExtraTerms,
     ImageTerm,
     LabelLoss,
     Member,
+    check_kind,
     image_terms,
     network_terms,
     tell_without_statistics,
@@ -264,13 +265,20 @@ def build(
     Raises:
       ValueError: what does not fit together.
     """
+    check_kind("config", config, Config)
+    members = _checked_members(members)
+    if competitor is not None:
+        check_net("competitor", competitor)
+    if space is not None:
+        image.check_space("space", space)
+    check_kind("execution", execution, ensemble.Execution)
     _check_objective(config, members, competitor)
     space = space or members[0].net.preprocessing
     _check_networks([member.net for member in members], competitor, space)
     array = _checked_targets(targets, members)
     usual = members[0].net.preprocessing.size
     canvas = _canvas(config, len(array), usual if size is None else size, space)
-    dtype = jnp.dtype(compute_dtype)
+    dtype = _checked_dtype(compute_dtype)
     parts = _parts(config, members, competitor, canvas, dtype, execution)
     for member in members:
         if member.weights.batch_norm:
@@ -490,6 +498,35 @@ def make_optimizer(config: Config, phase: Phase) -> optax.GradientTransformation
 
 def _percent(percent: float, steps: int) -> int:
     return max(1, round(steps * percent / 100))
+
+
+def _checked_members(members: Any) -> list[Member]:
+    """Return the members as a list; anything else is refused with what to write."""
+    if isinstance(members, Member | Net):
+        inner = "member" if isinstance(members, Member) else "jinv.Member(net)"
+        raise ValueError(f"members are a list, also of one network: [{inner}]")
+    try:
+        found = list(members)
+    except TypeError:
+        raise ValueError(f"members are a list of jinv.Member, not {members!r}") from None
+    for i, member in enumerate(found):
+        if isinstance(member, Net):
+            raise ValueError(f"members[{i}] is the Net {member.name}: wrap it, jinv.Member(net)")
+        check_kind(f"members[{i}]", member, Member, "wrap a network, jinv.Member(net)")
+    return found
+
+
+def _checked_dtype(given: Any) -> np.dtype:
+    try:
+        dtype = jnp.dtype(given)
+        if given is not None and jnp.issubdtype(dtype, jnp.floating):
+            return dtype
+    except TypeError:
+        pass
+    raise ValueError(
+        f"compute_dtype must be a floating-point type, such as 'float32' or 'bfloat16', not "
+        f"{given!r}"
+    )
 
 
 def _check_objective(config: Config, members: Sequence[Member], competitor: Net | None) -> None:

@@ -31,11 +31,12 @@ from jinv.federated import evidence as evidences
 from jinv.federated import layers as layer_names
 from jinv.federated.defences import Defence
 from jinv.federated.evidence import Circumstances, Evidence
-from jinv.net import Net, as_parameters, check_size
+from jinv.net import Net, as_parameters, check_net, check_size
 from jinv.objective import gradient_matching, priors
 from jinv.objective.terms import (
     ExtraTerms,
     ImageTerm,
+    check_kind,
     image_terms,
     tell_without_statistics,
     weigh,
@@ -324,6 +325,7 @@ class Attack:
         Raises:
           ValueError: evidence or labels that the program does not fit.
         """
+        _check_evidence(evidence)
         evidence = evidence.fitted(self.net)
         if evidence.circumstances != self.circumstances:
             raise ValueError(
@@ -361,8 +363,8 @@ def build(
       config: the mathematics.
       net: the victim's network as it was before.
       evidence: what it sent.
-      labels: K classes, as `labels.restore` finds them, or K for every seed; None to optimise them
-        with the images.
+      labels: K classes, as `labels.as_list` lists restored ones, or K for every seed; None to
+        optimise them with the images.
       size: of the images; defaults to the network's.
       space: what the images are normalised for while they are optimised, such as the network's
         own made `gray()`; defaults to the network's.
@@ -378,7 +380,8 @@ def build(
     Raises:
       ValueError: what does not fit together.
     """
-    execution = execution or Execution()
+    execution = Execution() if execution is None else execution
+    _check_kinds(config, net, evidence, space, register, defence, execution)
     evidence = evidence.fitted(net)
     data = _data(config, net, evidence, labels)
     _check(config, evidence, data, execution)
@@ -416,6 +419,42 @@ def build(
         config,
         net,
         evidence.circumstances,
+    )
+
+
+def _check_kinds(
+    config: Any, net: Any, evidence: Any, space: Any, register: Any, defence: Any, execution: Any
+) -> None:
+    """Refuse arguments of `build` of another kind, with what is likely meant."""
+    check_kind("config", config, Config)
+    check_net("net", net)
+    _check_evidence(evidence)
+    if space is not None:
+        image.check_space("space", space)
+    if register is not None and not callable(register):
+        named = isinstance(register, str) and register in registration.REGISTRATIONS
+        raise ValueError(
+            f"register must be a function of (images, reference), not {register!r}: give "
+            f"jinv.federated.registration.REGISTRATIONS[{repr(register) if named else '...'}]"
+            + ("" if named else f", there are {', '.join(registration.REGISTRATIONS)}")
+        )
+    if defence is not None:
+        check_kind("defence", defence, Defence)
+    check_kind("execution", execution, Execution)
+
+
+def _check_evidence(evidence: Any) -> None:
+    if isinstance(evidence, tuple):
+        raise ValueError(
+            "evidence is a tuple: `simulate` returns the evidence and the secret behind it, give "
+            "the first"
+        )
+    check_kind(
+        "evidence",
+        evidence,
+        Evidence,
+        "make it of a gradient with Evidence(values, images=K), or of arrays under torch's names "
+        "with jinv.federated.evidence.from_state",
     )
 
 

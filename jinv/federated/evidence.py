@@ -37,6 +37,7 @@ from jinv.net import (
     Parameters,
     Variables,
     as_parameters,
+    check_net,
     parameters,
     plain,
     with_parameters,
@@ -336,6 +337,7 @@ def simulator(
     Raises:
       ValueError: unknown statistics; when the client is called, labels that do not fit.
     """
+    check_net("net", net)
     checks.one_of("statistics", statistics, get_args(Statistics))
     send = jax.jit(lambda v, x, y: observed(net, v, x, y, training=training, local=local))
     see = jax.jit(net.mode(training))

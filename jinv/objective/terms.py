@@ -14,7 +14,7 @@ from jax import Array
 
 from jinv import checks
 from jinv.checks import NotNegative
-from jinv.net import Net, Outputs
+from jinv.net import Net, Outputs, check_net
 from jinv.objective import priors
 
 LabelLoss = Literal["cross_entropy", "target_logit"]
@@ -60,10 +60,38 @@ class Weights:
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """A network in the objective."""
+    """A network in the objective.
+
+    Raises:
+      ValueError: the net or the weights are something else.
+    """
 
     net: Net
     weights: Weights = Weights()
+
+    def __post_init__(self) -> None:
+        check_net("a Member's net", self.net)
+        check_kind("a Member's weights", self.weights, Weights)
+
+
+def check_kind(what: str, value: object, kind: type, remedy: str = "") -> None:
+    """Refuse an argument that is not of this class.
+
+    Args:
+      what: it is.
+      value: the argument.
+      kind: the class.
+      remedy: what to give instead; by default that the class makes one.
+
+    Raises:
+      ValueError: it names the class, the value and the remedy.
+    """
+    if not isinstance(value, kind):
+        remedy = remedy or f"make one with {kind.__name__}(...)"
+        raise ValueError(
+            f"{what} must be of {kind.__module__}.{kind.__name__}, not "
+            f"{checks.shown(value)}: {remedy}"
+        )
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
@@ -162,10 +190,17 @@ def image_terms(
       taken: names of the objective's other terms.
 
     Raises:
-      ValueError: an extra term whose name is taken, whose weight is not finite, or whose function
-        fails or does not return one floating-point number.
+      ValueError: extra terms of another form; one whose name is taken, whose weight is not finite,
+        or whose function fails or does not return one floating-point number.
     """
-    for name, (weight, term) in extra.items():
+    if not isinstance(extra, Mapping):
+        raise ValueError(f"{_EXTRA}, not {checks.shown(extra)}")
+    for name, pair in extra.items():
+        if not isinstance(name, str) or not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise ValueError(f"{_EXTRA}, not {checks.shown({name: pair})}")
+        weight, term = pair
+        if not callable(term) or not checks.fits(float, weight):
+            raise ValueError(f"{_EXTRA}, not {checks.shown({name: pair})}")
         if name in IMAGE_TERMS or name in taken or name.partition("[")[0] in taken or not name:
             raise ValueError(f"an extra term cannot be called {name!r}: the name is taken")
         if not math.isfinite(weight):
@@ -174,6 +209,9 @@ def image_terms(
             _check_scalar(name, term, shape)
     found = {name: (weights[name], term) for name, term in IMAGE_TERMS.items()}
     return {name: pair for name, pair in {**found, **extra}.items() if pair[0]}
+
+
+_EXTRA = "extra_terms are a dict of name -> (weight, function of images)"
 
 
 def _check_scalar(name: str, term: ImageTerm, shape: jax.ShapeDtypeStruct) -> None:

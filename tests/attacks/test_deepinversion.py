@@ -16,7 +16,7 @@ from jax import Array
 
 import tiny
 from jinv import image, models, optimise
-from jinv.attacks import deepinversion
+from jinv.attacks import begin, deepinversion, gradient_inversion
 from jinv.attacks.deepinversion import Attack, Config, Phase
 from jinv.image import Preprocessing
 from jinv.net import Net
@@ -946,6 +946,46 @@ def test_build_refuses() -> None:
     gray = tiny.network(space=tiny.GRAY, name="gray")
     refused("3-channel images cannot be shown", one, net, gray)
     refused("3-channel images cannot be shown", adaptive, net, competitor=gray)
+    with pytest.raises(ValueError, match=r"also of one network: \[net\]"):
+        begin.members(net)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"Member's net must be a jinv.Net, .*give its `net`"):
+        begin.members([Member(net)])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"members": [tiny.network()]}, r"members\[0\] is the Net tiny: wrap it, jinv.Member\(net"),
+        ({"members": tiny.network()}, r"a list, also of one network: \[jinv.Member\(net\)\]"),
+        ({"members": Member(tiny.network())}, r"a list, also of one network: \[member\]"),
+        (
+            {"members": ["resnet18"]},
+            r"members\[0\] must be of .*Member, not 'resnet18': wrap",
+        ),
+        ({"members": 3}, "a list of jinv.Member, not 3"),
+        ({"competitor": Member(tiny.network())}, "competitor must be a jinv.Net, .*give its `net`"),
+        ({"competitor": "resnet18"}, "competitor must be a jinv.Net, not a str"),
+        ({"config": "setting0"}, r"config must be of .*deepinversion.Config, not 'setting0'"),
+        ({"space": "imagenet"}, "space must be a jinv.Preprocessing, .* not 'imagenet'"),
+        ({"space": 16}, "space must be a jinv.Preprocessing, .* not 16"),
+        ({"execution": {"devices": 1}}, r"must be of jinv.objective.ensemble.Execution, not {'dev"),
+        ({"execution": gradient_inversion.Execution()}, "must be of jinv.objective.ensemble.Exec"),
+        (
+            {"compute_dtype": "foo"},
+            "floating-point type, such as 'float32' or 'bfloat16', not",
+        ),
+        ({"compute_dtype": "int32"}, "floating-point type, .*, not 'int32'"),
+        ({"compute_dtype": None}, "floating-point type"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(settings: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {
+        "config": Config(phases=(Phase(1),)),
+        "members": [Member(tiny.network())],
+        "targets": TARGETS,
+    }
+    with pytest.raises(ValueError, match=message):
+        deepinversion.build(**given | settings)
 
 
 def test_targets_are_checked() -> None:

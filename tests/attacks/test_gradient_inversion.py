@@ -21,7 +21,8 @@ from jinv.federated.defences import Defence
 from jinv.federated.evidence import Evidence, Local
 from jinv.image import denormalise, normalise
 from jinv.net import Net
-from jinv.objective import priors
+from jinv.objective import ensemble, priors
+from jinv.objective.terms import Member
 
 KEY = jax.random.key(3)
 PLAIN: dict[str, Any] = {
@@ -490,6 +491,47 @@ def test_what_does_not_fit_is_refused(chosen: Any, settings: Any, message: str) 
     net, held, _ = small()
     with pytest.raises(ValueError, match=message):
         gradient_inversion.build(Config(), net, held, chosen, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"evidence": {"params": {}}},
+            r"evidence must be of .*Evidence, not .*Evidence\(val",
+        ),
+        ({"evidence": small()[1:]}, "evidence is a tuple: .* give the first"),
+        (
+            {"defence": {"clip": 1}},
+            r"must be of .*Defence, not {'clip': 1}: make one with",
+        ),
+        ({"defence": "sign"}, "must be of .*Defence, not 'sign'"),
+        ({"register": "shift"}, r"function .*, not 'shift': give .*REGISTRATIONS\['shift'\]"),
+        ({"register": "rigid"}, r"REGISTRATIONS\[...\], there are none, shift, flow"),
+        ({"net": Member(tiny.network())}, "net must be a jinv.Net, .*give its `net`"),
+        ({"net": "lenet"}, "net must be a jinv.Net, not a str"),
+        (
+            {"config": {"steps": 3}},
+            r"config must be of .*gradient_inversion.Config, not {'steps",
+        ),
+        ({"execution": ensemble.Execution()}, "must be of jinv.attacks.gradient_inversion.Exec"),
+        ({"space": "gray"}, "space must be a jinv.Preprocessing, .* not 'gray'"),
+        ({"extra_terms": [1.0, jnp.mean]}, r"name -> \(weight, function of images\), not \[1.0"),
+        (
+            {"extra_terms": {"mine": jnp.mean}},
+            r"name -> \(weight, function of images\), not {",
+        ),
+        ({"extra_terms": {"mine": (jnp.mean, 1.0)}}, r"name -> \(weight, function of images\)"),
+        ({"extra_terms": {"mine": ("1", jnp.mean)}}, r"name -> \(weight, function of images\)"),
+        ({"extra_terms": {"mine": (1.0, 2.0)}}, r"name -> \(weight, function of images\)"),
+        ({"extra_terms": {3: (1.0, jnp.mean)}}, r"name -> \(weight, function of images\)"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(settings: dict[str, Any], message: str) -> None:
+    net, held, _ = small()
+    given: dict[str, Any] = {"config": Config(), "net": net, "evidence": held, "labels": [2, 5]}
+    with pytest.raises(ValueError, match=message):
+        gradient_inversion.build(**given | settings)
 
 
 def test_sizes_of_height_and_width() -> None:
