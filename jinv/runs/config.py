@@ -72,7 +72,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         tree = yaml.load(files.path(path).read_text(encoding="utf-8"), _Loader)
         _values(tree, {})
-    except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the config {path}: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold a mapping of keys to values")
@@ -82,12 +82,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 class _Loader(yaml.SafeLoader):
     """The safe loader; it reads 1e-4 as a number, and refuses a key that is given twice."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         twice = {key for key in keys if keys.count(key) > 1 and key != "<<"}
         if twice:
             raise ValueError(f"line {node.start_mark.line + 1}: {', '.join(twice)} is given twice")
-        return super().construct_mapping(node, deep)
+        return node
 
 
 _Loader.add_implicit_resolver(  # which YAML 1.1 lacks

@@ -99,6 +99,23 @@ def test_files_that_are_no_config(tmp_path: Path, text: str) -> None:
         config.read_yaml(path)
 
 
+def test_anchors_may_be_merged_and_overridden(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "one: &one {x: 1, y: 1}\ntwo: &two {<<: *one, x: 2}\nthree: {<<: *two, x: 3, z: 1e1}\n"
+    )
+    tree = config.read_yaml(path)
+    assert tree["two"] == {"x": 2, "y": 1}
+    assert tree["three"] == {"x": 3, "y": 1, "z": 10.0}
+
+
+def test_nesting_without_end_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("a: " + "[" * 100_000)
+    with pytest.raises(config.ConfigError, match=r"bad\.yaml"):
+        config.read_yaml(path)
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(config.ConfigError, match=r"gone\.yaml"):
         config.read_yaml(tmp_path / "gone.yaml")
