@@ -10,8 +10,8 @@ import collections
 import dataclasses
 import time
 import weakref
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
@@ -416,20 +416,29 @@ def run(
 
     Raises:
       NonFiniteError: after the callback has seen the chunk's finite steps.
+      ValueError: phases, images, chunk or loop that cannot be run.
     """
+    if not isinstance(phases, Sequence) or not all(isinstance(phase, Phase) for phase in phases):
+        raise ValueError(
+            "phases are a list of optimise.Phase, such as attack.phases, not "
+            f"{type(phases).__name__}"
+        )
     if not phases:
         raise ValueError("nothing to run: no phases")
+    if loop not in get_args(Loop):
+        raise ValueError(f"loop must be one of {', '.join(get_args(Loop))}, not {loop!r}")
     if chunk < 1:
         raise ValueError(f"a chunk needs at least one step, not {chunk}")
     clock = clock or Clock()
     if loop == "auto":
         loop = "python" if jax.default_backend() == "cpu" else "scan"
-    first, state = resume if resume is not None else (0, None)
+    first, state = (resume[0], _arrays(resume[1])) if resume is not None else (0, None)
     before = sum(phase.steps for phase in phases[:first])
     for index in range(first, len(phases)):
         phase = phases[index]
         if state is None:
-            state = enter(phase, images, before)
+            _check_images(images)
+            state = enter(phase, _arrays(images), before)
         state, ended = _run_phase(
             phase, index, key, state, data, before, callback, chunk, loop, clock, should_stop
         )
@@ -441,6 +450,22 @@ def run(
             state = None
     assert state is not None
     return state
+
+
+def _arrays(tree: Any) -> Any:
+    """The same of JAX's arrays; of NumPy's a copy, which the steps may take over."""
+    return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.array(x), tree)
+
+
+def _check_images(images: Images) -> None:
+    leaves = jax.tree.leaves(images)
+    wrong = [leaf for leaf in leaves if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating)]
+    if wrong or not leaves:
+        found = jnp.result_type(wrong[0]) if wrong else "nothing"
+        raise ValueError(
+            f"images to optimise are floating-point numbers, not {found}: start from "
+            "attack.initial(key), or from pixels by jinv.image.normalise"
+        )
 
 
 def enter(phase: Phase, images: Images, step: int) -> State:

@@ -704,6 +704,53 @@ def test_should_stop_at_a_phases_end_starts_no_other_phase(loop: str, early: boo
     assert float(resumed.best_loss) == 1
 
 
+@LOOPS
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_images_of_numpy_are_run_like_jaxs(loop: Any, dtype: Any) -> None:
+    """From the beginning, and of a state that was brought to the host; neither is written to."""
+    phase, given = scripted([3, 2, 1, 0]), np.zeros((1, 1, 1, 1), dtype)
+    expected = optimise.run((phase,), KEY, jnp.asarray(given), None, loop=loop)
+    found = optimise.run((phase,), KEY, given, None, loop=loop)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert not given.any()
+    states: list[State] = []
+    optimise.run(
+        (phase,),
+        KEY,
+        given,
+        None,
+        loop=loop,
+        chunk=2,
+        callback=lambda chunk: states.append(jax.device_get(chunk.state)),
+    )
+    resumed = optimise.run((phase,), KEY, given, None, loop=loop, resume=(0, states[0]))
+    jax.tree.map(np.testing.assert_array_equal, resumed, expected)
+    assert int(states[0].step) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loop": "foo"}, "loop must be one of auto, scan, python, not 'foo'"),
+        ({"loop": None}, "loop must be one of auto, scan, python, not None"),
+        ({"phases": scripted([1])}, "a list of optimise.Phase, such as attack.phases, not Phase"),
+        ({"phases": ["one"]}, "a list of optimise.Phase"),
+        ({"images": np.zeros((1, 4, 4, 3), np.uint8)}, "floating-point numbers, not uint8"),
+        ({"images": jnp.zeros((1, 4, 4, 3), int)}, "floating-point numbers, not int32"),
+        ({"images": None}, "floating-point numbers, not nothing"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(settings: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {
+        "phases": (scripted([1]),),
+        "images": jnp.zeros((1, 1, 1, 1)),
+        "key": KEY,
+        "data": None,
+    }
+    with pytest.raises(ValueError, match=message):
+        optimise.run(**given | settings)
+
+
 def test_nothing_to_run_is_an_error() -> None:
     with pytest.raises(ValueError, match="no phases"):
         run()
