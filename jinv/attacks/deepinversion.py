@@ -276,6 +276,7 @@ def build(
     space = space or members[0].net.preprocessing
     _check_networks([member.net for member in members], competitor, space)
     array = _checked_targets(targets, members)
+    microbatch.check_even(len(array), min(execution.images_at_once or len(array), len(array)))
     usual = members[0].net.preprocessing.size
     canvas = _canvas(config, len(array), usual if size is None else size, space)
     dtype = _checked_dtype(compute_dtype)

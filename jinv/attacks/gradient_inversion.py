@@ -32,7 +32,7 @@ from jinv.federated import layers as layer_names
 from jinv.federated.defences import Defence
 from jinv.federated.evidence import Circumstances, Evidence
 from jinv.net import Net, as_parameters, check_net, check_size
-from jinv.objective import gradient_matching, priors
+from jinv.objective import gradient_matching, microbatch, priors
 from jinv.objective.terms import (
     ExtraTerms,
     ImageTerm,
@@ -487,6 +487,7 @@ def _check(config: Config, evidence: Evidence, data: Data, execution: Execution)
             "images_at_once needs a gradient whose images do not act on each other: neither a "
             "victim in training mode nor local steps"
         )
+    microbatch.check_even(evidence.images, execution.images_at_once or evidence.images)
     if config.gradient and not any(_factors(data.wanted, config.layers)):
         raise ValueError("every layer's factor is 0: set gradient: 0 to leave the gradient out")
     if config.gradient and not any(map(np.any, jax.tree.leaves(evidence.values))):

@@ -63,6 +63,20 @@ def in_turns(
     return whole
 
 
+def check_even(images: int, at_once: int) -> None:
+    """Refuse parts of a batch that are not of equal size.
+
+    Raises:
+      ValueError: it names the option and the numbers that are possible.
+    """
+    if images % at_once:
+        even = ", ".join(str(n) for n in range(1, images + 1) if images % n == 0)
+        raise ValueError(
+            f"execution.images_at_once: {images} images cannot be taken {at_once} at a time "
+            f"evenly: possible are {even}"
+        )
+
+
 def _combined(parts: Moments) -> Moments:
     """Combine moments (count, C) of parts of equal size into those (C,) of all."""
     mean = parts.mean.mean(0)
@@ -74,8 +88,7 @@ def _split(batch: Array, at_once: int) -> Array:
 
     Interleaved so that a batch sharded over devices is split on each of them.
     """
-    if len(batch) % at_once:
-        raise ValueError(f"{len(batch)} images cannot be taken {at_once} at a time evenly")
+    check_even(len(batch), at_once)
     return batch.reshape(at_once, len(batch) // at_once, *batch.shape[1:]).swapaxes(0, 1)
 
 

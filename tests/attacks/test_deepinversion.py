@@ -946,6 +946,11 @@ def test_build_refuses() -> None:
     gray = tiny.network(space=tiny.GRAY, name="gray")
     refused("3-channel images cannot be shown", one, net, gray)
     refused("3-channel images cannot be shown", adaptive, net, competitor=gray)
+    uneven = r"\Aexecution.images_at_once: 3 images cannot be taken 2 .*: possible are 1, 3\Z"
+    refused(uneven, one, execution=Execution(images_at_once=2))
+    attack_of(one, execution=Execution(images_at_once=4))
+    uneven = "6 images cannot be taken 4 at a time evenly: possible are 1, 2, 3, 6"
+    refused(uneven, one, targets=[0] * 6, execution=Execution(images_at_once=4))
     with pytest.raises(ValueError, match=r"also of one network: \[net\]"):
         begin.members(net)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"Member's net must be a jinv.Net, .*give its `net`"):

@@ -483,6 +483,11 @@ def test_the_program_grows_with_the_layers_not_with_their_square(kind: Any) -> N
         ([2.5, 5.0], {}, r"whole numbers, not \[2.5, 5.0\]"),
         (["2", "5"], {}, "whole numbers"),
         ([], {}, r"not labels of shape \(0,\)"),
+        (
+            [2, 5],
+            {"execution": Execution(images_at_once=3)},
+            "images_at_once: 2 images cannot be taken 3 at a time evenly: possible are 1, 2",
+        ),
         ([2, 5], {"execution": Execution(devices=99)}, "99 devices asked for"),
         ([2, 5], {"execution": Execution(seeds_at_once=3)}, "8 seeds cannot be taken 3 at once"),
     ],
