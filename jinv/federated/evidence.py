@@ -26,7 +26,7 @@ import numpy as np
 from jax import Array, lax
 
 import weights_convert
-from jinv import checks, image
+from jinv import checks, files, image
 from jinv.federated import layers, moments
 from jinv.federated.moments import moments_of_update
 from jinv.files import write_atomic
@@ -585,7 +585,7 @@ def _beside(path: Path, ending: str) -> Path:
 
 def save(path: str | Path, evidence: Evidence) -> None:
     """Write FILE.safetensors (torch's names and layouts) and FILE.json beside it."""
-    path = Path(path).expanduser()
+    path = files.path(path)
     state = {
         _VALUES + name: value
         for name, value in weights_convert.from_flax(plain(evidence.values)).items()
@@ -613,7 +613,7 @@ def load(path: str | Path, net: Net) -> Evidence:
     Raises:
       ValueError: the files or what is in them do not fit the network; keys and layers are named.
     """
-    path = Path(path).expanduser()
+    path = files.path(path)
     try:
         file = _file(path)
         told = file.with_name(file.name.removesuffix(file.suffix) + ".json")

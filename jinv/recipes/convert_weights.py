@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jinv import files
 from jinv.files import sha256, write_atomic
 from jinv.runs.command import described
 from weights_convert import WeightsError, from_flax, read, to_flax, write
@@ -157,7 +158,7 @@ def _tells_of(summary: Path, target: Path) -> bool:
 def convert(args: argparse.Namespace) -> Summary:
     """Convert one file and return its summary, which is also written."""
     start = time.perf_counter()
-    source, target = args.input.expanduser(), args.output.expanduser()
+    source, target = files.path(args.input), files.path(args.output)
     check_free(target, args.overwrite)
     digest = sha256(source) if source.is_file() else ""
     state = fitted(source, template(args.model, args.classes), args.key)
