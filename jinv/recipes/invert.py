@@ -416,10 +416,7 @@ COMMAND = command.Command(
     config=Config,
     load=Inversion,
     summary=Summary,
-    files=(
-        *("images/", "progress/", "grid.png", "curves.svg", "report.html"),
-        *("metrics.csv", "scores.csv"),
-    ),
+    files=attack_run.FILES,
     say=_say,
     presets=PRESETS,
     compare=compare,

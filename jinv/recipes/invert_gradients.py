@@ -552,10 +552,7 @@ COMMAND = command.Command(
     config=Config,
     load=GradientInversion,
     summary=Summary,
-    files=(
-        *("images/", "progress/", f"{ABLATION}/", "grid.png", "curves.svg", "report.html"),
-        *("metrics.csv", "scores.csv"),
-    ),
+    files=(f"{ABLATION}/", *attack_run.FILES),
     say=_say,
     presets=PRESETS,
     compare=compare,

@@ -18,6 +18,12 @@ from jinv.runs.progress import Progress
 from jinv.runs.run_folder import FolderError, RunFolder
 from jinv.runs.signals import Signals
 
+FILES = (
+    *("images/", "progress/", "grid.png", "curves.svg", "report.html"),
+    *("metrics.csv", "scores.csv"),
+)
+"""What every run of an attack writes besides its config and summary."""
+
 
 @checks.todays_keywords
 @dataclasses.dataclass(frozen=True)
