@@ -121,20 +121,25 @@ def test_what_an_older_version_did_not_write_down_is_not_compared(here: Path) ->
     claim(out, recipe())
 
 
+def written(folder: Path, **network: str) -> list[str]:
+    """The flags of a short inversion, whose recipe is written into the folder."""
+    tree = {
+        "networks": [{"model": "tiny:network", **network}],
+        "images": 2,
+        "labels": [0, 1],
+        "attack": {"phases": [{"steps": 2, "jitter": 1}]},
+    }
+    (folder / "r.yaml").write_text(yaml.safe_dump(tree))
+    return ["--config", str(folder / "r.yaml"), "--out", str(folder / "out")]
+
+
 def test_a_run_does_not_go_on_with_other_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     net = jinv.models.load("tiny:network", None)
     state = weights_convert.from_flax(net.variables)
     weights_convert.write(tmp_path / "w.safetensors", state)
-    tree = {
-        "networks": [{"model": "tiny:network", "weights": str(tmp_path / "w.safetensors")}],
-        "images": 2,
-        "labels": [0, 1],
-        "attack": {"phases": [{"steps": 2, "jitter": 1}]},
-    }
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump(tree))
-    flags = ["--config", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "out")]
+    flags = written(tmp_path, weights=str(tmp_path / "w.safetensors"))
     assert command_line.main(invert.COMMAND, flags) == 0
     assert command_line.main(invert.COMMAND, [*flags, "--resume"]) == 0
     assert "nothing to do" in capsys.readouterr().out
@@ -147,14 +152,7 @@ def test_a_run_does_not_go_on_with_other_weights(
 def test_values_that_are_only_said_may_be_mended(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tree = {
-        "networks": [{"model": "tiny:network"}],
-        "images": 2,
-        "labels": [0, 1],
-        "attack": {"phases": [{"steps": 2, "jitter": 1}]},
-    }
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump(tree))
-    flags = ["--config", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "out")]
+    flags = written(tmp_path)
     assert command_line.main(invert.COMMAND, flags) == 0
     count = jinv.models.load("tiny:network", None).classes
     names = tmp_path / "names.txt"
