@@ -20,6 +20,7 @@ import optax
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jinv import backend
 from jinv.image import Preprocessing
 
 Data = Any
@@ -431,7 +432,7 @@ def run(
         raise ValueError(f"a chunk needs at least one step, not {chunk}")
     clock = clock or Clock()
     if loop == "auto":
-        loop = "python" if jax.default_backend() == "cpu" else "scan"
+        loop = backend.choices().loop
     first, state = (resume[0], _arrays(resume[1])) if resume is not None else (0, None)
     before = sum(phase.steps for phase in phases[:first])
     for index in range(first, len(phases)):
@@ -627,7 +628,7 @@ def _program(
     leaves, structure = jax.tree.flatten(args)
     abstract = tuple((jax.typeof(leaf), getattr(leaf, "sharding", None)) for leaf in leaves)
     settings = tuple(getattr(jax.config, name) for name in _ARITHMETIC)
-    wanted = (kind, structure, abstract, settings)
+    wanted = (kind, structure, abstract, settings, backend.choices())
     if wanted not in known:
         known[wanted] = compile_step(function, clock, *args)
     return known[wanted]

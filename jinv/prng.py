@@ -17,6 +17,8 @@ import numpy as np
 from jax import Array
 from jax.extend import random
 
+from jinv import backend
+
 _THREEFRY = random.threefry_prng_impl
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA
@@ -30,7 +32,7 @@ def written_out(key: Array) -> Array:
     """
     plain = str(jax.random.key_impl(key)) == "threefry2x32"
     partitionable = jax.config.jax_threefry_partitionable  # type: ignore[attr-defined]
-    if jax.default_backend() != "cpu" or not plain or not partitionable:
+    if backend.choices().threefry == "jax" or not plain or not partitionable:
         return key
     return jax.random.wrap_key_data(jax.random.key_data(key), impl=_WRITTEN_OUT)
 

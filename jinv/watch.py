@@ -21,6 +21,7 @@ from flax import linen, nnx
 from jax import Array
 from jax.extend.core import get_opaque_trace_state
 
+from jinv import backend
 from jinv.calls import INFERENCE, NetworkError
 
 Variables = Mapping[Any, Any]
@@ -90,7 +91,7 @@ class Record:
         self.of_batch |= running is False
         axes = _channel_axes(told, inputs.ndim)
         mask = given.arguments.get("mask")
-        found = batch_moments(inputs, axes, mask)
+        found = batch_moments(inputs, axes, mask, near=told.running)
         if found.mean.size != math.prod(told.shape):
             raise NetworkError(
                 f"{layer} has running statistics {told.shape}, but its input {inputs.shape} has "
@@ -117,13 +118,18 @@ class _Layer:
       module: itself.
       path: where its parameters are.
       statistics: paths of its running mean and variance; None of a linear layer.
-      shape: of these.
+      running: its running mean.
     """
 
     module: Any
     path: Path
     statistics: tuple[Path, Path] | None = None
-    shape: tuple[int, ...] = ()
+    running: Any = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape of its statistics."""
+        return jnp.shape(self.running)
 
 
 def _switched(given: inspect.BoundArguments, module: Any, name: str) -> Any:
@@ -149,13 +155,21 @@ def dotted(path: Path) -> str:
     return ".".join(map(str, path)) or "itself"
 
 
-def batch_moments(x: Array, axis: int | tuple[int, ...] = -1, mask: Array | None = None) -> Moments:
+def batch_moments(
+    x: Array,
+    axis: int | tuple[int, ...] = -1,
+    mask: Array | None = None,
+    near: Any = None,
+) -> Moments:
     """Return mean and biased variance of x over all axes but some, in float32 at least.
 
     Args:
       x: such as (..., C).
       axis: of the channels, or several axes: the moments have their lengths, in rising order.
       mask: broadcastable to x; only where it is true are the values counted.
+      near: where the means should be, such as running means, one for each. With it one pass over x
+        is enough, where the backend is faster so: then the variance's rounding error is relative
+        to var + (mean - near)^2.
 
     Raises:
       ValueError: x is empty.
@@ -165,29 +179,39 @@ def batch_moments(x: Array, axis: int | tuple[int, ...] = -1, mask: Array | None
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     kept = {one % x.ndim for one in ((axis,) if isinstance(axis, int) else axis)}
     axes = tuple(i for i in range(x.ndim) if i not in kept)
-    if mask is None:
-        return Moments(*_two_pass_moments(x, axes))
-    where = jnp.asarray(mask, bool)
-    return Moments(x.mean(axes, where=where), x.var(axes, where=where))
+    if mask is not None:
+        where = jnp.asarray(mask, bool)
+        return Moments(x.mean(axes, where=where), x.var(axes, where=where))
+    center = None
+    if near is not None and backend.choices().moments == "one_pass":
+        shape = [length if i in kept else 1 for i, length in enumerate(x.shape)]
+        if np.size(near) == math.prod(shape):
+            center = jnp.asarray(near, x.dtype).reshape(shape)
+    return Moments(*_moments(x, center, axes))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _two_pass_moments(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
-    mean = x.mean(axes, keepdims=True)
-    return mean.squeeze(axes), jnp.square(x - mean).mean(axes)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _moments(x: Array, near: Array | None, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    if near is None:
+        mean = x.mean(axes, keepdims=True)
+        return mean.squeeze(axes), jnp.square(x - mean).mean(axes)
+    apart = x - near
+    mean = apart.mean(axes)
+    var = jnp.square(apart).mean(axes) - jnp.square(mean)
+    return near.squeeze(axes) + mean, jnp.maximum(var, 0)
 
 
-@_two_pass_moments.defjvp
+@_moments.defjvp
 def _moments_jvp(
-    axes: tuple[int, ...], primals: tuple[Array], tangents: tuple[Array]
+    axes: tuple[int, ...], primals: tuple[Array, Array | None], tangents: tuple[Array, Any]
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    """`d var = 2 (mean(x dx) - mean(x) mean(dx))`.
+    """`d var = 2 (mean(x dx) - mean(x) mean(dx))`; nothing depends on `near`.
 
     JAX's own rule keeps x - mean in memory and sums it again in the gradient, where it is 0:
     one write and one pass over every BatchNorm input.
     """
-    (x,), (dx,) = primals, tangents
-    mean, var = _two_pass_moments(x, axes)
+    (x, near), (dx, _) = primals, tangents
+    mean, var = _moments(x, near, axes)
     dmean = dx.mean(axes)
     return (mean, var), (dmean, 2 * ((x * dx).mean(axes) - mean * dmean))
 
@@ -257,7 +281,7 @@ def _telling(method: Callable[..., Any]) -> Callable[..., Any]:
         names = _statistics_names(self)
         if names is not None:
             mean, var = ((*seen.path, name) for name in names)
-            layer = _Layer(self, seen.path, (mean, var), getattr(self, names[0]).shape)
+            layer = _Layer(self, seen.path, (mean, var), getattr(self, names[0])[...])
         return _observed(seen.record, layer, functools.partial(method, self), args, kwargs)
 
     return call
@@ -338,10 +362,11 @@ def _linen_layer(name: str, module: linen.Module, variables: Variables) -> _Laye
     known = isinstance(module, linen.BatchNorm)
     for names in (("mean", "var"), ("running_mean", "running_var")):
         if all(hasattr(kept.get(key), "shape") for key in names):
-            shape = kept[names[0]].shape
-            if known or _stands_alone(_find(variables, ("params", *module.path)), kept, shape):
+            running = kept[names[0]]
+            params = _find(variables, ("params", *module.path))
+            if known or _stands_alone(params, kept, running.shape):
                 mean, var = ((*root, key) for key in names)
-                return _Layer(module, root, (mean, var), shape)
+                return _Layer(module, root, (mean, var), running)
     if known:
         raise NetworkError(
             f"{name}: the variables hold no running statistics of the BatchNorm layer "

@@ -19,7 +19,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 ORDER = (
-    *("weights_convert", "moved", "checks", "files", "parallel", "prng", "privacy", "image"),
+    *(
+        "weights_convert",
+        "moved",
+        "checks",
+        "backend",
+        "files",
+        "parallel",
+        "prng",
+        "privacy",
+        "image",
+    ),
     *("calls", "watch", "net", "data", "optimise", "schedules", "models", "objective"),
     *("training", "federated"),
     *("attacks", "scores", "reports", "runs", "shadow", "recipes", "__main__"),

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array
+from jax import Array, lax
 from jax.sharding import Mesh
 
-from jinv import calls, checks, image, optimise, parallel, schedules
+from jinv import backend, calls, checks, image, optimise, parallel, schedules
 from jinv.checks import Count, Natural, NotNegative, Positive, PositiveShare, Share, Some
 from jinv.image import Preprocessing
 from jinv.net import Net, Outputs, check_net
@@ -415,8 +415,10 @@ def _terms(
         inputs = image.convert(images, space, net.preprocessing).astype(dtype)
         few = 0 < at_once < len(images)
         with calls.in_words(net.name, inputs.shape):
-            apply = microbatch.in_turns(net.apply, at_once) if few else net.apply
-            return apply(variables, inputs)
+            apply = net.apply
+            if backend.choices().remat:
+                apply = jax.checkpoint(apply, policy=_is_product)
+            return (microbatch.in_turns(apply, at_once) if few else apply)(variables, inputs)
 
     def terms(variables: tuple[Any, Any], images: Array, targets: Array) -> dict[str, Array]:
         own, rival = variables
@@ -437,6 +439,11 @@ def _terms(
             "weigh 0, or it has no BatchNorm layers"
         )
     return terms, weights
+
+
+def _is_product(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Say whether a remat policy keeps what this primitive computes: convolutions and products."""
+    return primitive in (lax.conv_general_dilated_p, lax.dot_general_p)
 
 
 def _loss(

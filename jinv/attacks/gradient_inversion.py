@@ -24,7 +24,7 @@ import optax
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
-from jinv import checks, image, optimise, parallel, schedules
+from jinv import backend, checks, image, optimise, parallel, schedules
 from jinv.checks import Count, Natural, NotNegative, Positive, Share
 from jinv.federated import defences, registration
 from jinv.federated import evidence as evidences
@@ -649,8 +649,8 @@ class _Objective:
     def seeds_at_once(self) -> int:
         """How many candidates' gradients are computed at the same time, see `Execution`."""
         formed = self.circumstances.local or self.defence or self.execution.images_at_once
-        one_by_one = formed and jax.default_backend() == "cpu" and self.on_one_device
-        return self.execution.seeds_at_once or (1 if one_by_one else self.config.seeds)
+        in_turn = backend.choices().seeds == "in_turn" and formed and self.on_one_device
+        return self.execution.seeds_at_once or (1 if in_turn else self.config.seeds)
 
     def alone(self, key: Array, found: Any, data: Data) -> tuple[Array, dict[str, Array]]:
         """An `optimise.LossFn`: (G,) losses, mean terms."""

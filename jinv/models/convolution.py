@@ -1,4 +1,8 @@
-"""2-D convolution, NHWC x HWIO, in the form that is fastest on the backend at hand."""
+"""2-D convolution, NHWC x HWIO, in the form that is fastest on the backend at hand.
+
+`backend.choices` says which form that is; all give the same, backward as well as forward, with
+respect to images and to weights.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+
+from jinv import backend
 
 Padding = int | Literal["SAME"]
 Pads = tuple[tuple[int, int], tuple[int, int]]
@@ -26,13 +32,24 @@ def convolve(
       groups: channels are split into so many, each with filters of its own.
     """
     pads = _pads(x.shape[1:3], weight.shape[:2], stride, padding)
-    if jax.default_backend() == "cpu":
-        return on_cpu(x, weight, stride, pads, groups)
+    use = backend.choices()
+    height, width, inputs, outputs = weight.shape
+    if groups == 1:
+        narrow = height == width == 1 and not any(map(any, pads))
+        if narrow and use.pointwise == "product":
+            return pointwise(x, weight, stride)
+        if not narrow and use.strided == "unfolded" and _unfolding_pays(x, weight, stride, pads):
+            return unfolded(x, weight, stride, pads)
+    elif inputs == 1 and groups == outputs:
+        if use.depthwise == "slices":
+            return depthwise(x, weight, stride, pads)
+    elif use.grouped == "split":
+        return split(x, weight, stride, pads, groups)
     return direct(x, weight, stride, pads, groups)
 
 
 def direct(x: Array, weight: Array, stride: int, pads: Pads, groups: int) -> Array:
-    """Return what XLA's own convolution gives: the reference, and the choice on GPU and TPU.
+    """Return what XLA's own convolution gives: the reference.
 
     Args:
       x, weight, stride, groups: see `convolve`.
@@ -48,23 +65,12 @@ def direct(x: Array, weight: Array, stride: int, pads: Pads, groups: int) -> Arr
     )
 
 
-def on_cpu(x: Array, weight: Array, stride: int, pads: Pads, groups: int) -> Array:
-    """Return the same by matrix products or shifted slices where these are faster on a CPU.
-
-    Each form is as fast backward as it is forward, with respect to weights too.
+def split(x: Array, weight: Array, stride: int, pads: Pads, groups: int) -> Array:
+    """Convolve every group of channels alone.
 
     Args:
       x, weight, stride, pads, groups: see `direct`.
     """
-    height, width, inputs, outputs = weight.shape
-    if groups == 1:
-        if height == width == 1 and not any(map(any, pads)):
-            return pointwise(x, weight, stride)
-        if _unfolding_pays(x, weight, stride, pads):
-            return unfolded(x, weight, stride, pads)
-        return direct(x, weight, stride, pads, 1)
-    if inputs == 1 and groups == outputs:
-        return depthwise(x, weight, stride, pads)
     parts = zip(jnp.split(x, groups, -1), jnp.split(weight, groups, -1), strict=True)
     return jnp.concatenate([direct(part, w, stride, pads, 1) for part, w in parts], -1)
 
@@ -110,6 +116,7 @@ def depthwise(x: Array, weight: Array, stride: int, pads: Pads) -> Array:
       stride, pads: see `direct`.
     """
     height, width = _output_size(x.shape[1:3], weight.shape, stride, pads)
+    # XLA adds in float32 inside a kernel anyway; asked for, the sum would also be written so.
     y = jnp.zeros((x.shape[0], height, width, x.shape[3]), x.dtype)
     for i, row in enumerate(_shifted(x, weight, stride, pads)):
         for j, window in enumerate(row):

@@ -74,7 +74,7 @@ class BatchNorm2d(nnx.Module):
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         mean, var = self.running_mean[...], self.running_var[...].astype(wide.dtype)
         if not self.use_running_average:
-            mean, var = batch_moments(wide)
+            mean, var = batch_moments(wide, near=mean)
         scale = self.weight[...] * jax.lax.rsqrt(var + self.eps)
         shift = self.bias[...] - mean * scale
         return (wide * scale + shift).astype(x.dtype)

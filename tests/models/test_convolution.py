@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ import pytest
 import torch
 from jax import Array
 
+from jinv import backend
 from jinv.models import convolution, layers
 from jinv.net import batch_moments
 
@@ -60,15 +63,20 @@ def _operands(
 def _forms(
     kernel: int, stride: int, padding: convolution.Padding, size: tuple[int, int], kind: str
 ) -> dict[str, Form]:
-    """XLA's own convolution first, then the forms that stand for it on CPU."""
+    """XLA's own convolution first, then the forms that stand for it."""
     groups = KINDS[kind][0]
     pads = convolution._pads(size, (kernel, kernel), stride, padding)
     forms: dict[str, Form] = {
         "direct": lambda x, w: convolution.direct(x, w, stride, pads, groups),
-        "on_cpu": lambda x, w: convolution.on_cpu(x, w, stride, pads, groups),
     }
     if kind == "dense":
-        forms["unfolded"] = lambda x, w: convolution.unfolded(x, w, stride, pads)
+        forms["ours"] = lambda x, w: convolution.unfolded(x, w, stride, pads)
+        if kernel == 1 and not any(map(any, pads)):
+            forms["pointwise"] = lambda x, w: convolution.pointwise(x, w, stride)
+    elif kind == "depthwise":
+        forms["ours"] = lambda x, w: convolution.depthwise(x, w, stride, pads)
+    else:
+        forms["ours"] = lambda x, w: convolution.split(x, w, stride, pads, groups)
     return forms
 
 
@@ -153,7 +161,7 @@ def test_narrow_types(kind: str, dtype: str, tolerance: float) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_vmap_over_images_and_weights(wide: None, kind: str) -> None:
-    form = _forms(3, 2, 1, (7, 6), kind)["on_cpu"]
+    form = _forms(3, 2, 1, (7, 6), kind)["ours"]
     x, w = _operands(3, (7, 6), kind)
     x, w = jnp.stack([x, 2 * x, -x]), jnp.stack([w, w + 1, 3 * w])
     one = quick_jit(lambda x, w: _value_and_gradients(form, x, w))
@@ -163,10 +171,34 @@ def test_vmap_over_images_and_weights(wide: None, kind: str) -> None:
         np.testing.assert_allclose(found, jnp.stack([values[i] for values in each]), rtol=1e-10)
 
 
-def test_convolve_takes_the_cpu_forms_here() -> None:
-    x, w = _operands(3, (8, 8), "depthwise", "float32")
-    with_form = str(jax.make_jaxpr(lambda x: convolution.convolve(x, w, groups=5))(x))
-    assert ("conv_general_dilated" in with_form) == (jax.default_backend() != "cpu")
+@pytest.mark.parametrize(
+    ("switch", "ours", "kind", "kernel", "stride"),
+    [
+        ("depthwise", "slices", "depthwise", 3, 1),
+        ("grouped", "split", "grouped", 3, 1),
+        ("pointwise", "product", "dense", 1, 1),
+        ("strided", "unfolded", "grouped", 3, 2),
+        ("strided", "unfolded", "dense", 3, 1),
+    ],
+)
+def test_every_form_has_its_switch(
+    switch: str, ours: str, kind: str, kernel: int, stride: int
+) -> None:
+    """By the number of XLA's convolutions in the program; a switch leaves other kinds alone."""
+    x, w = _operands(kernel, (1, 2) if kernel == 3 else (8, 8), kind, "float32")
+    groups = KINDS[kind][0]
+
+    def convolutions(**switches: Any) -> int:
+        def form(x: Array) -> Array:
+            return convolution.convolve(x, w, stride=stride, padding=kernel // 2, groups=groups)
+
+        usual = {field.name: "convolution" for field in dataclasses.fields(backend.Choices)[:4]}
+        with backend.choose(**usual | switches):
+            return str(jax.make_jaxpr(form)(x)).count("conv_general_dilated[")
+
+    assert convolutions() == 1
+    expected = {"slices": 0, "split": 4, "product": 0, "unfolded": 0 if kind == "dense" else 1}
+    assert convolutions(**{switch: ours}) == expected[ours]
 
 
 # Moments
@@ -181,6 +213,28 @@ def test_moments_equal_numpy_in_float64(shape: tuple[int, ...], mean_over_std: f
     wide_x = x.astype(np.float64)
     np.testing.assert_allclose(moments.mean, wide_x.mean(axes), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(moments.var, wide_x.var(axes), rtol=1e-4)
+
+
+@pytest.mark.parametrize("off", [0, 0.5, 10])
+def test_moments_in_one_pass_round_relative_to_the_distance_from_the_running_mean(
+    off: float,
+) -> None:
+    """And not to the mean itself, which is 300 standard deviations here."""
+    x = np.asarray(_draw((4, 9, 7, 5), 2, "float32") + np.float32(300))
+    with backend.choose(moments="one_pass"):
+        moments = jax.jit(batch_moments, static_argnums=1)(x, -1, near=np.full(5, 300 + off))
+    wide_x = x.astype(np.float64)
+    np.testing.assert_allclose(moments.mean, wide_x.mean((0, 1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(moments.var, wide_x.var((0, 1, 2)), rtol=3e-6 * (1 + off**2))
+
+
+@pytest.mark.parametrize("pass_", ["one_pass", "two_passes"])
+def test_moments_take_as_many_passes_as_the_switch_says(pass_: str) -> None:
+    """Two sums either way; in one pass none of them waits for the other."""
+    with backend.choose(moments=pass_):
+        compiled = jax.jit(lambda x: batch_moments(x, near=jnp.zeros(5))).lower(jnp.ones((4, 5)))
+    waits = "one_pass" if "stablehlo.maximum" in compiled.as_text() else "two_passes"
+    assert waits == pass_
 
 
 def test_variance_of_a_constant_is_zero() -> None:
@@ -200,14 +254,16 @@ def test_gradient_of_moments_equals_plain_ones(wide: None) -> None:
     @quick_jit
     def derivatives(x: Array) -> dict[str, tuple]:
         found = {}
-        for name, moments in {"direct": plain, "ours": batch_moments}.items():
+        near = functools.partial(batch_moments, near=jnp.full(6, 4.0))
+        for name, moments in {"direct": plain, "ours": batch_moments, "near": near}.items():
             first = jax.grad(functools.partial(loss, moments))
             second = jax.grad(lambda x, first=first: jnp.sin(first(x)).sum())(x)
             tangents = jax.jvp(lambda x, m=moments: tuple(m(x)), (x,), (jnp.cos(x),))[1]
             found[name] = (first(x), second, *tangents)
         return found
 
-    _assert_equal(derivatives(_draw((3, 4, 5, 6), 3) + 5), 1e-9)
+    with backend.choose(moments="one_pass"):
+        _assert_equal(derivatives(_draw((3, 4, 5, 6), 3) + 5), 1e-9)
 
 
 def test_float32_gradient_of_the_variance_far_from_zero() -> None:
