@@ -1,13 +1,15 @@
 """The one pixel-optimisation loop: `State`, `Info`, `init`, `step`, and `run`.
 
 `init` and `step` are pure; they never jit, print or read files. `run` is the one place with jit
-and the loop: chunks of steps on the device, a callback to the host between chunks.
+and the loop: chunks of steps on the device, of each of which a callback on the host is told while
+the device is at work on the next.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -354,7 +356,7 @@ class Chunk:
       phase: index of the phase.
       start: number of the first step told here, over all phases.
       metrics: "loss" and every term -> (n,) values of the n steps.
-      state: after those steps.
+      state: after those steps; the callback may keep it.
       stopped: early stopping has ended the phase.
       finite: the loss was finite at every step up to the state.
     """
@@ -369,7 +371,13 @@ class Chunk:
 
 @dataclasses.dataclass
 class Clock:
-    """Seconds of a run, by what they went into."""
+    """Seconds of a run, by what they went into.
+
+    Attributes:
+      compiling: programs.
+      stepping: as long as the device had steps to work on, whatever the host did meanwhile.
+      steps: how many.
+    """
 
     compiling: float = 0.0
     stepping: float = 0.0
@@ -377,6 +385,15 @@ class Clock:
 
 
 Loop = Literal["auto", "scan", "python"]
+
+LOOK = 1.0
+"""Seconds between two looks of the host at the device, if the number of steps is left open."""
+
+_TOGETHER = 50
+"""Steps between two looks of several processes, whose clocks need not agree."""
+
+_SCANNED = 10
+"""Steps of a scan at most: more save nothing, and delay Ctrl-C."""
 
 
 def run(
@@ -386,7 +403,8 @@ def run(
     data: Data,
     *,
     callback: Callable[[Chunk], None] = lambda chunk: None,
-    chunk: int = 10,
+    chunk: int | None = None,
+    marks: Sequence[int] = (),
     loop: Loop = "auto",
     resume: tuple[int, State] | None = None,
     clock: Clock | None = None,
@@ -395,25 +413,26 @@ def run(
     """Run the phases one after the other; returns the last phase's state.
 
     Each phase starts from the best images of the one before. The result does not depend on
-    `chunk`, `loop` or on where a run was cut and resumed. A second run of the same phases, on
-    arrays that lie alike, compiles nothing.
+    `chunk`, `marks`, `loop` or on where a run was cut and resumed. A second run of the same phases,
+    on arrays that lie alike, compiles nothing.
 
     Args:
       phases: at least one.
       key: of the run.
       images: initial images of the first phase (ignored when resuming). Steps take over the
-        buffers of their state: neither these, nor the resumed state, nor a chunk's state can be
-        read once the next step has begun.
+        buffers of their state: neither these nor the resumed state can be read later.
       data: passed to every step.
-      callback: called after every chunk, and so at least once a phase.
-      chunk: steps between callbacks.
-      loop: "scan" runs a chunk as one program; "python" dispatches step by step, which is
-        twice as fast on CPU, where XLA runs convolutions inside loops on one thread. "auto"
-        takes "python" on CPU and "scan" elsewhere.
+      callback: called after every chunk, and so at least once a phase, while the first steps of the
+        next chunk run.
+      chunk: steps between callbacks; None for about a second's.
+      marks: a chunk also ends wherever the number of steps, over all phases, is a multiple of one.
+      loop: "scan" makes one program of several steps, as many as divide chunk, marks and phases
+        evenly; "python" dispatches step by step, which is twice as fast on CPU, where XLA runs
+        convolutions inside loops on one thread. "auto" takes what `backend.choices` says.
       resume: (phase, state after a chunk) of an earlier run.
       clock: told where the time went.
-      should_stop: asked between chunks, and between steps in the Python loop of one process; once
-        it is true the loop calls back a last time and returns.
+      should_stop: asked between programs, of several processes between chunks; once it is true the
+        loop calls back a last time and returns.
 
     Raises:
       NonFiniteError: after the callback has seen the chunk's finite steps.
@@ -428,27 +447,28 @@ def run(
         raise ValueError("nothing to run: no phases")
     if loop not in get_args(Loop):
         raise ValueError(f"loop must be one of {', '.join(get_args(Loop))}, not {loop!r}")
-    if chunk < 1:
+    if chunk is not None and chunk < 1:
         raise ValueError(f"a chunk needs at least one step, not {chunk}")
+    if any(mark < 1 for mark in marks):
+        raise ValueError(f"marks are numbers of steps from 1 on, not {list(marks)}")
     clock = clock or Clock()
     if loop == "auto":
         loop = backend.choices().loop
     first, state = (resume[0], _arrays(resume[1])) if resume is not None else (0, None)
     before = sum(phase.steps for phase in phases[:first])
+    looks = _Looks(callback, chunk, tuple(marks), clock, should_stop)
     for index in range(first, len(phases)):
         phase = phases[index]
         if state is None:
             _check_images(images)
             state = enter(phase, _arrays(images), before)
-        state, ended = _run_phase(
-            phase, index, key, state, data, before, callback, chunk, loop, clock, should_stop
-        )
+        state, ended = _run_phase(phase, index, key, state, data, before, loop, looks)
         if not ended:
             return state
         before += phase.steps
-        images = state.best_images
         if index + 1 < len(phases):
-            state = None
+            # A copy, which the next phase takes over: a callback may keep this state.
+            images, state = jax.tree.map(jnp.copy, state.best_images), None
     assert state is not None
     return state
 
@@ -498,6 +518,57 @@ def _shardings(phase: Phase, images: Images) -> State:
     return jax.tree.map(lambda leaf: lie.get(leaf.shape, rest), shapes)
 
 
+@dataclasses.dataclass
+class _Looks:
+    """When the host looks at the device, and what for; see `run`."""
+
+    callback: Callable[[Chunk], None]
+    chunk: int | None
+    marks: tuple[int, ...]
+    clock: Clock
+    should_stop: Callable[[], bool]
+    last: float = dataclasses.field(default_factory=lambda: time.perf_counter())
+
+    def due(self, steps: int, done: int, end: int) -> bool:
+        """Return whether a chunk ends here.
+
+        Args:
+          steps: of the chunk so far.
+          done: number of steps over all phases.
+          end: this number at the phase's end.
+        """
+        if self.chunk is None and jax.process_count() == 1:
+            enough = time.perf_counter() - self.last >= LOOK
+        else:
+            enough = steps >= (self.chunk or _TOGETHER)
+        return done >= end or enough or any(done % mark == 0 for mark in self.marks)
+
+    def even(self, done: int, end: int) -> int:
+        """Return the largest number of steps, `_SCANNED` at most, that fits between all looks."""
+        common = math.gcd(done, end, *self.marks, *([] if self.chunk is None else [self.chunk]))
+        return max(n for n in range(1, _SCANNED + 1) if common % n == 0)
+
+
+@dataclasses.dataclass
+class _Steps:
+    """A chunk that was handed to the device and is not told yet.
+
+    Attributes:
+      start: number of its first step, over all phases.
+      infos: of its programs.
+      state: after it.
+    """
+
+    start: int
+    infos: list[Info]
+    state: State
+
+    def fetch(self) -> Info:
+        """Return the infos of all steps as NumPy arrays, once they are there."""
+        found = jax.device_get(self.infos)
+        return jax.tree.map(lambda *parts: np.concatenate([*map(np.atleast_1d, parts)]), *found)
+
+
 def _run_phase(
     phase: Phase,
     index: int,
@@ -505,41 +576,67 @@ def _run_phase(
     state: State,
     data: Data,
     before: int,
-    callback: Callable[[Chunk], None],
-    chunk: int,
     loop: Loop,
-    clock: Clock,
-    should_stop: Callable[[], bool],
+    looks: _Looks,
 ) -> tuple[State, bool]:
     """Steps `state.step` .. end of the phase; False if `should_stop` cut it."""
-    advance = (_scanned if loop == "scan" else _stepped)(
-        phase.step, chunk, key, state, data, clock, should_stop
-    )
-    done = int(state.step) - before
-    while done < phase.steps:
-        began = time.perf_counter()
-        start = before + done
-        state, infos = advance(state, min(chunk, phase.steps - done))
-        clock.stepping += time.perf_counter() - began
-        stopped = infos.stopped
-        count = int(np.argmax(stopped)) if stopped.any() else len(stopped)
-        values = {"loss": infos.loss, **infos.terms}
-        metrics = {name: np.asarray(series)[:count] for name, series in values.items()}
-        clock.steps += count
-        blame = _first_non_finite(metrics)
-        if blame is not None:
-            finite, term = blame
-            metrics = {name: series[:finite] for name, series in metrics.items()}
-            callback(Chunk(index, start, metrics, state, stopped=False, finite=False))
-            raise NonFiniteError(term, start + finite)
-        done += count
-        ended = bool(stopped.any())
-        callback(Chunk(index, start, metrics, state, ended))
-        if should_stop():
-            return state, False
-        if ended:
-            break
-    return state, True
+    clock, end, done = looks.clock, before + phase.steps, int(state.step)
+    if done >= end:
+        return state, True
+    length = looks.even(done, end) if loop == "scan" else 1
+    program = _program(phase.step, length, clock, key, state, data)
+    # Several processes have to agree on a stop, which is too slow for every program.
+    alone = jax.process_count() == 1
+    start, infos, stop = done, [], False
+    told: _Steps | None = None
+    since = time.perf_counter()  # the device has been at work
+    while True:
+        ahead = done < end and not stop
+        if ahead:
+            if told is not None:
+                # The next program takes over the memory of this state.
+                told.state = jax.tree.map(jnp.copy, told.state)
+            state, info = program(key, state, data)
+            done += length
+            infos.append(info)
+        if told is not None:
+            metrics, stopped, blame = _read(told)
+            now = time.perf_counter()
+            clock.stepping += now - since
+            clock.steps += len(metrics["loss"])
+            since = now
+            if blame is not None:
+                finite = {name: series[: blame[0]] for name, series in metrics.items()}
+                looks.callback(
+                    Chunk(index, told.start, finite, told.state, stopped=False, finite=False)
+                )
+                raise NonFiniteError(blame[1], told.start + blame[0])
+            looks.callback(Chunk(index, told.start, metrics, told.state, stopped))
+            if not ahead or info.loss.is_ready():
+                since = time.perf_counter()  # it waited for the callback
+            told = None
+            if stopped or not ahead:
+                # Steps that were handed over since have changed nothing if it stopped early.
+                return state, not (stop or looks.should_stop())
+        if len(infos) > 1:
+            # The device has its next program and is at most one ahead of Ctrl-C.
+            jax.block_until_ready(infos[-2])
+        due = looks.due(done - start, done, end)
+        if alone or due:
+            stop = looks.should_stop()
+        if due or stop:
+            told, start, infos = _Steps(start, infos, state), done, []
+            looks.last = time.perf_counter()
+
+
+def _read(steps: _Steps) -> tuple[dict[str, np.ndarray], bool, tuple[int, str] | None]:
+    """Metrics up to an early stop, whether there was one, and what `_first_non_finite` blames."""
+    infos: Any = steps.fetch()  # of NumPy arrays
+    stopped = infos.stopped
+    count = int(np.argmax(stopped)) if stopped.any() else len(stopped)
+    values = {"loss": infos.loss, **infos.terms}
+    metrics = {name: series[:count] for name, series in values.items()}
+    return metrics, bool(stopped.any()), _first_non_finite(metrics)
 
 
 def _first_non_finite(metrics: Mapping[str, np.ndarray]) -> tuple[int, str] | None:
@@ -551,67 +648,13 @@ def _first_non_finite(metrics: Mapping[str, np.ndarray]) -> tuple[int, str] | No
     return step, next(terms, "loss")
 
 
-Advance = Callable[[State, int], tuple[State, Info]]
-"""(state, n <= chunk) -> (state after n steps, their infos as NumPy arrays)."""
+def _scan(step: Step, length: int) -> Step:
+    """So many steps as one, with their infos one after the other."""
 
+    def steps(key: Array, state: State, data: Data) -> tuple[State, Info]:
+        return lax.scan(lambda s, _: step(key, s, data), state, length=length)
 
-def _stepped(
-    step: Step,
-    chunk: int,
-    key: Array,
-    state: State,
-    data: Data,
-    clock: Clock,
-    should_stop: Callable[[], bool],
-) -> Advance:
-    del chunk
-    compiled = _program(step, ("step",), step, clock, key, state, data)
-    # Several processes have to agree on a stop, which is too slow for every step.
-    alone = jax.process_count() == 1
-
-    def advance(state: State, count: int) -> tuple[State, Info]:
-        infos: list[Info] = []
-        for _ in range(count):
-            state, info = compiled(key, state, data)
-            if infos:
-                # The device has its next step and is at most one ahead of Ctrl-C.
-                jax.block_until_ready(infos[-1])
-            infos.append(info)
-            if alone and should_stop():
-                break
-        return state, jax.tree.map(lambda *values: np.stack(values), *jax.device_get(infos))
-
-    return advance
-
-
-def _scanned(
-    step: Step,
-    chunk: int,
-    key: Array,
-    state: State,
-    data: Data,
-    clock: Clock,
-    should_stop: Callable[[], bool],
-) -> Advance:
-    del should_stop
-
-    def steps(key: Array, state: State, data: Data, count: Array) -> tuple[State, Info]:
-        info_shape = jax.eval_shape(step, key, state, data)[1]
-        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), info_shape)
-
-        def body(state: State, i: Array) -> tuple[State, Info]:
-            # A shorter last chunk runs the same program.
-            return lax.cond(i < count, lambda s: step(key, s, data), lambda s: (s, nothing), state)
-
-        return lax.scan(body, state, jnp.arange(chunk))
-
-    compiled = _program(step, ("scan", chunk), steps, clock, key, state, data, jnp.asarray(0))
-
-    def advance(state: State, count: int) -> tuple[State, Info]:
-        state, infos = compiled(key, state, data, jnp.asarray(count))
-        return state, jax.tree.map(lambda leaf: leaf[:count], jax.device_get(infos))
-
-    return advance
+    return steps
 
 
 _ARITHMETIC = ("jax_enable_x64", "jax_default_matmul_precision")
@@ -620,16 +663,15 @@ _ARITHMETIC = ("jax_enable_x64", "jax_default_matmul_precision")
 _PROGRAMS: weakref.WeakKeyDictionary[Step, dict[Any, Callable]] = weakref.WeakKeyDictionary()
 
 
-def _program(
-    step: Step, kind: tuple[Any, ...], function: Callable, clock: Clock, *args: Any
-) -> Any:
-    """`compile_step` of a function made of the step, or what it gave for arguments like these."""
+def _program(step: Step, length: int, clock: Clock, *args: Any) -> Any:
+    """`compile_step` of so many steps, or what it gave for arguments like these."""
     known = _PROGRAMS.setdefault(step, {})
     leaves, structure = jax.tree.flatten(args)
     abstract = tuple((jax.typeof(leaf), getattr(leaf, "sharding", None)) for leaf in leaves)
     settings = tuple(getattr(jax.config, name) for name in _ARITHMETIC)
-    wanted = (kind, structure, abstract, settings, backend.choices())
+    wanted = (length, structure, abstract, settings, backend.choices())
     if wanted not in known:
+        function = step if length == 1 else _scan(step, length)
         known[wanted] = compile_step(function, clock, *args)
     return known[wanted]
 

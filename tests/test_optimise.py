@@ -7,8 +7,10 @@ loss is looked up in a table by that count. So images say which step they belong
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import textwrap
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -198,7 +200,7 @@ def test_best_images_are_those_that_had_the_lowest_loss(loop: str) -> None:
 
 
 def two_phases() -> tuple[Phase, Phase]:
-    return noisy(11, size=2, name="first"), noisy(7, lr=0.3, name="second")
+    return noisy(10, size=2, name="first"), noisy(6, lr=0.3, name="second")
 
 
 def widened(phase: Phase, size: int = 3) -> Phase:
@@ -212,7 +214,7 @@ def widened(phase: Phase, size: int = 3) -> Phase:
 
 @pytest.fixture(scope="module")
 def reference() -> tuple[State, Log]:
-    """Two phases of 11 and 7 steps, in one chunk each."""
+    """Two phases of 10 and 6 steps, in one chunk each."""
     first, second = two_phases()
     return run(first, widened(second), loop="python", chunk=100)
 
@@ -223,22 +225,22 @@ def reference() -> tuple[State, Log]:
 def test_loop_and_chunk_do_not_change_the_result(
     loop: str, chunk: int, reference: tuple[State, Log]
 ) -> None:
-    """Also where the last chunk is shorter: 11 = 4 + 4 + 3, 7 = 4 + 3."""
+    """Also where the last chunk is shorter: 10 = 4 + 4 + 2, 6 = 4 + 2, in scans of two."""
     first, second = two_phases()
     state, log = run(first, widened(second), loop=loop, chunk=chunk)
     assert_same(state, reference[0], 0 if loop == "python" else 1e-6)
     for name in ("loss", "bowl", "size"):
         np.testing.assert_allclose(log.metric(name), reference[1].metric(name), rtol=1e-6)
-        assert log.metric(name).shape == (18,)
+        assert log.metric(name).shape == (16,)
     if chunk == 4:
         told = [(c.phase, c.start, len(c.metrics["loss"])) for c in log.chunks]
-        assert told == [(0, 0, 4), (0, 4, 4), (0, 8, 3), (1, 11, 4), (1, 15, 3)]
-    assert int(state.step) == 18
+        assert told == [(0, 0, 4), (0, 4, 4), (0, 8, 2), (1, 10, 4), (1, 14, 2)]
+    assert int(state.step) == 16
     assert not any(c.stopped for c in log.chunks)
 
 
 def test_auto_is_python_on_cpu_and_scan_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Told apart by when `should_stop` is asked: between steps, or between chunks."""
+    """Told apart by when `should_stop` is asked: between steps, or between programs of two."""
     for backend, expected in (("cpu", 2), ("gpu", 4)):
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
         asked = []
@@ -274,7 +276,7 @@ def test_phase_starts_from_the_best_images_of_the_one_before() -> None:
 @LOOPS
 @pytest.mark.parametrize("cut", [1, 3, 4], ids=["first phase", "second phase", "phase's end"])
 def test_resumed_run_equals_uninterrupted_run(loop: str, cut: int) -> None:
-    """Bit by bit. Chunks: 4, 4, 3 of the first phase, 4, 3 of the second."""
+    """Bit by bit. Chunks: 4, 4, 2 of the first phase, 4, 2 of the second."""
     cut = {1: 1, 3: 3, 4: 2}[cut]
     first, second = two_phases()
     whole, log = run(first, widened(second), loop=loop, chunk=4)
@@ -427,20 +429,118 @@ def test_infos_are_fetched_once_a_chunk(loop: str, monkeypatch: pytest.MonkeyPat
 
 @LOOPS
 def test_state_is_donated(loop: str) -> None:
-    """Each chunk writes into the memory of the one before."""
-    states = []
-    log = run(noisy(4), loop=loop, chunk=2)[1]
+    """Each program writes into the memory of the one before."""
+    phase = noisy(4)
+    first = run(phase, loop=loop, chunk=2)[1].chunks[0].state
+    run(phase, loop=loop, chunk=2, resume=(0, first))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first))
+
+
+@LOOPS
+def test_states_of_chunks_may_be_kept(loop: str) -> None:
+    states: list[State] = []
+    log = run(noisy(6), loop=loop, chunk=2)[1]
     optimise.run(
-        (noisy(4),),
-        KEY,
-        start(),
-        jnp.asarray(0.5),
+        *((noisy(6),), KEY, start(), jnp.asarray(0.5)),
         loop=loop,
         chunk=2,
         callback=lambda chunk: states.append(chunk.state),
     )
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(states[0]))
-    assert_same(states[1], log.chunks[1].state)
+    assert [int(state.step) for state in states] == [2, 4, 6]
+    for state, chunk in zip(states, log.chunks, strict=True):
+        assert_same(state, chunk.state)
+
+
+@LOOPS
+def test_the_device_is_at_work_during_callbacks(loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next program is handed over before a callback, and waited for after it."""
+    order: list[str] = []
+    compile_step = optimise.compile_step
+
+    def compiling(*args: Any) -> Callable:
+        compiled = compile_step(*args)
+
+        def call(*args: Any) -> Any:
+            order.append("step")
+            return compiled(*args)
+
+        return call
+
+    monkeypatch.setattr(optimise, "compile_step", compiling)
+    optimise.run(
+        *((noisy(6),), KEY, start(), jnp.asarray(0.5)),
+        loop=loop,
+        chunk=2,
+        callback=lambda chunk: order.append("tell"),
+    )
+    programs = {"python": ["step", "step"], "scan": ["step"]}[loop]
+    first, *rest = programs
+    assert order == [*programs, *2 * [first, "tell", *rest], "tell"]
+
+
+@LOOPS
+@pytest.mark.parametrize(
+    ("chunk", "marks", "ends"),
+    [
+        (None, (4, 6), [4, 6, 8, 12, 16, 18, 20, 22]),
+        (5, (), [5, 10, 12, 17, 22]),
+        (5, (10,), [5, 10, 12, 17, 20, 22]),
+    ],
+)
+def test_chunks_end_at_marks(
+    loop: str, chunk: int | None, marks: tuple[int, ...], ends: list[int]
+) -> None:
+    """Counted over both phases of 12 and 10 steps, wherever the run was resumed."""
+    phases = noisy(12), noisy(10)
+    settings: dict[str, Any] = {"loop": loop, "chunk": chunk, "marks": marks}
+    whole, log = run(*phases, **settings)
+    assert [c.start + len(c.metrics["loss"]) for c in log.chunks] == ends
+    saved = log.chunks[0]
+    resumed, rest = run(*phases, **settings, resume=(0, copied(saved.state)))
+    assert_same(resumed, whole)
+    found = [c.start + len(c.metrics["loss"]) for c in rest.chunks]
+    assert [end for end in found if any(end % mark == 0 for mark in marks)] == [
+        end for end in ends[1:] if any(end % mark == 0 for mark in marks)
+    ]
+
+
+def test_looks_are_a_second_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the first: it shows that the run is alive."""
+    now = [100.0]
+    phase, ends = noisy(12), []
+    compile_step = optimise.compile_step
+
+    def compiling(*args: Any) -> Callable:
+        compiled = compile_step(*args)
+
+        def call(*args: Any) -> Any:
+            now[0] += 0.3
+            return compiled(*args)
+
+        now[0] += 20
+        return call
+
+    monkeypatch.setattr(optimise, "compile_step", compiling)
+    monkeypatch.setattr(optimise.time, "perf_counter", lambda: now[0])
+    optimise.run(
+        *((phase,), KEY, start(), jnp.asarray(0.5)),
+        loop="python",
+        callback=lambda chunk: ends.append(chunk.start + len(chunk.metrics["loss"])),
+    )
+    assert ends == [1, 5, 9, 12]
+
+
+def test_steps_under_callbacks_count_as_stepping() -> None:
+    """A callback that the device waits for does not."""
+    clock = optimise.Clock()
+    run_clocked = functools.partial(
+        optimise.run, (noisy(4),), KEY, data=jnp.asarray(0.5), chunk=2, loop="python"
+    )
+    began = time.perf_counter()
+    run_clocked(start(), clock=clock, callback=lambda chunk: time.sleep(0.2))
+    spent = time.perf_counter() - began
+    assert spent > 0.4
+    assert clock.stepping + clock.compiling < spent - 0.35
 
 
 @pytest.mark.parametrize(
@@ -591,7 +691,10 @@ def test_resume_after_an_early_stop(loop: str) -> None:
 @LOOPS
 @pytest.mark.parametrize("after", [1, 3, 5], ids=["first phase", "second phase", "between"])
 def test_should_stop_ends_the_run_and_its_state_resumes(loop: str, after: int) -> None:
-    """The last callback's state is what is returned, and continues to the same result."""
+    """The last callback's state is what is returned, and continues to the same result.
+
+    By the time of a callback the device has its next program, of one step or of a scan of two.
+    """
     calls = {1: 1, 3: 4, 5: 3}[after]
     first, second = two_phases()
     whole, log = run(first, widened(second), loop=loop, chunk=4)
@@ -610,12 +713,13 @@ def test_should_stop_ends_the_run_and_its_state_resumes(loop: str, after: int) -
     last = seen.chunks[-1]
     assert_same(stopped, last.state)
     assert int(stopped.step) == len(seen.metric())
-    assert int(stopped.step) <= {1: 4, 3: 15, 5: 11}[after]
+    assert int(stopped.step) <= {1: 4, 3: 14, 5: 10}[after] + 2
     resumed, rest = run(
         first, widened(second), loop=loop, chunk=4, resume=(last.phase, copied(last.state))
     )
     assert_same(resumed, whole)
-    np.testing.assert_array_equal(np.concatenate([seen.metric(), rest.metric()]), log.metric())
+    told = [chunk.metrics["loss"] for chunk in (*seen.chunks, *rest.chunks)]
+    np.testing.assert_array_equal(np.concatenate(told), log.metric())
 
 
 def test_should_stop_is_obeyed_within_a_step_by_the_python_loop() -> None:

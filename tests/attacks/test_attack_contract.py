@@ -68,16 +68,16 @@ def test_other_key_other_images(attack: Any, finished: State) -> None:
 
 @pytest.mark.parametrize("cut", [1, 2])
 def test_resumed_run_equals_uninterrupted_run(attack: Any, finished: State, cut: int) -> None:
-    """Cut after so many chunks; what a checkpoint keeps is a copy."""
+    """Cut after so many chunks, whose states may be kept."""
     kept: list[tuple[int, State]] = []
 
     def callback(chunk: Chunk) -> None:
-        kept.append((chunk.phase, jax.tree.map(jnp.copy, chunk.state)))
+        kept.append((chunk.phase, chunk.state))
 
     run(attack, callback=callback, should_stop=lambda: len(kept) == cut, loop="scan")
-    assert len(kept) == cut
-    assert int(kept[-1][1].step) == 2 * cut
-    assert_equal(run(attack, resume=kept[-1], loop="scan"), run(attack, loop="scan"))
+    assert cut <= len(kept) <= cut + 1  # the device had its next program
+    assert int(kept[cut - 1][1].step) == 2 * cut
+    assert_equal(run(attack, resume=kept[cut - 1], loop="scan"), run(attack, loop="scan"))
 
 
 def test_every_phase_is_traced_once(attack: Any) -> None:
