@@ -276,14 +276,14 @@ class Inversion(command.Loaded):
         predictions = self.predict(pixels)
         top1 = {name: judging.top1(p, targets) for name, p in predictions.items() if targets}
         if targets:
-            folder.scores.add(step=log.rows[-1]["step"] + 1, **top1)
+            folder.scores.add(step=log.last["step"] + 1, **top1)
             folder.scores.save()
         terms = log.terms()
         summary = Summary(
             **command.shared(folder, hardware.of_mesh(self.attack.mesh)),
             model="+".join(member.net.name for member in self.members),
             placement=self.attack.placement.reason,
-            steps=len(log.rows),
+            steps=len(log),
             images=len(pixels),
             targets=targets,
             loss=loss,

@@ -393,7 +393,7 @@ class GradientInversion(command.Loaded):
             def keep() -> None:
                 pixels = image.to_bytes(self.values(images))
                 page.write_pngs(own.path, _named(pixels, "image"))
-                own.finish({"seconds": own.seconds, "steps": len(own.metrics.rows)})
+                own.finish({"seconds": own.seconds, "steps": len(own.metrics)})
 
             parallel.on_main(keep, FolderError)
             if own.interrupted:
@@ -439,7 +439,7 @@ class GradientInversion(command.Loaded):
             **command.shared(folder, hardware.of_mesh(self.attack.mesh)),
             model=self.net.name,
             evidence=self._circumstances(),
-            steps=len(log.rows),
+            steps=len(log),
             seeds=self.config.attack.seeds,
             loss=float(losses[chosen]),
             distance=float(distances[chosen]),

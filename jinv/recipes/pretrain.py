@@ -219,9 +219,10 @@ class Pretraining(command.Loaded):
         epochs = [
             step for phase in self.phases for step in range(phase.first, phase.end, phase.per_epoch)
         ]
-        test_accuracy = folder.scores.column("test_accuracy")[-1]
+        test_accuracy = folder.scores.last["test_accuracy"]
+        terms = log.terms()
         svg = curves.plot(
-            log.terms(),
+            terms,
             log.steps(),
             title=f"{config.model}: test accuracy {test_accuracy:.4f}",
             boundaries=epochs[1:],
@@ -241,8 +242,8 @@ class Pretraining(command.Loaded):
             images=len(self.train),
             test_images=len(self.test),
             test_accuracy=test_accuracy,
-            train_accuracy=float(np.mean(log.column("accuracy")[-last.per_epoch :])),
-            train_loss=float(np.mean(log.column("loss")[-last.per_epoch :])),
+            train_accuracy=float(np.mean(terms["accuracy"][-last.per_epoch :])),
+            train_loss=float(np.mean(terms["loss"][-last.per_epoch :])),
             files={name: sha256(folder.path / name) for name in (WEIGHTS, CLASSES)},
         )
         return command.finish(folder, summary)

@@ -285,13 +285,22 @@ class RunFolder:
         """Whether so many seconds have passed since the last checkpoint, in any process."""
         return parallel.any_process(time.perf_counter() - self._last_save >= every)
 
-    def save(self, manager: ocp.CheckpointManager, step: int, state: Any, **meta: Any) -> None:
+    def save(
+        self,
+        manager: ocp.CheckpointManager,
+        step: int,
+        state: Any,
+        *,
+        later: Callable[[Callable[[], None]], None] = lambda job: job(),
+        **meta: Any,
+    ) -> None:
         """Save the logs now and the state after `step` steps in the background, once.
 
         Args:
           manager: the one that `checkpoints` gives.
           step: number of steps done.
-          state: tree of arrays.
+          state: tree of arrays; no step may take it over before it is on the host.
+          later: does the job of bringing it there; by default that is waited for.
           **meta: plain values that are saved beside it.
         """
         if step == self._saved:
@@ -300,14 +309,18 @@ class RunFolder:
         # made again.
         self.save_logs()
         told = {**meta, "seconds": self.seconds, "clock": dataclasses.asdict(self.clock)}
-        # It returns once the host has the state, which the next step may then take over (on a CPU
-        # a view, which keeps the buffers from being taken over), and writes in the background.
-        manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(told)
-            ),
-        )
+
+        def save() -> None:
+            # It returns once the host has the state (on a CPU a view, which keeps the buffers from
+            # being taken over), and writes in a thread of its own.
+            manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(told)
+                ),
+            )
+
+        later(save)
         self._saved = step
         self._last_save = time.perf_counter()
 
@@ -347,8 +360,7 @@ class RunFolder:
 
         def save() -> None:
             self.metrics.save()
-            if self.scores.rows:
-                self.scores.save()
+            self.scores.save()
 
         parallel.on_main(save, FolderError)
 

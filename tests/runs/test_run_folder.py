@@ -40,7 +40,7 @@ def test_a_checkpoint_is_of_the_moment_it_was_saved(tmp_path: Path) -> None:
     assert found is not None
     np.testing.assert_array_equal(found[1]["x"], 5.0)
     assert found[0]["phase"] == 0
-    assert later.metrics.column("loss") == [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert later.metrics.terms()["loss"] == [1.0, 2.0, 3.0, 4.0, 5.0]
 
 
 def test_checkpoints_are_due_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
