@@ -7,13 +7,13 @@ import signal
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import orbax.checkpoint as ocp
 from jax import Array
 
 from jinv import checks, optimise, parallel
 from jinv.checks import Count, Natural, NotNegative
 from jinv.files import write_atomic
+from jinv.runs.background import Background
 from jinv.runs.progress import Progress
 from jinv.runs.run_folder import FolderError, RunFolder
 from jinv.runs.signals import Signals
@@ -31,14 +31,14 @@ class Options:
     """How a run goes; nothing here changes its result.
 
     Attributes:
-      chunk: steps between two looks of the host at the device.
+      chunk: steps between two looks of the host at the device; about a second's by default.
       loop: "scan", "python" or "auto"; see `optimise.run`.
       pictures_every: steps between picture grids; 0 for none.
       scores_every: steps between scores on the way; 0 for the end only.
       checkpoint_seconds: time between checkpoints, which are written in the background.
     """
 
-    chunk: Count = 10
+    chunk: Count | None = None
     loop: optimise.Loop = "auto"
     pictures_every: Natural = 100
     scores_every: Natural = 100
@@ -90,6 +90,7 @@ def run(
         folder.checkpoints() as manager,
         Signals() as stopping,
         Progress(attack.phases) as progress,
+        Background() as background,
     ):
         restored = folder.restore(
             manager, lambda meta: optimise.abstract_state(attack.phases[meta["phase"]], images)
@@ -97,7 +98,9 @@ def run(
         resume = None
         if restored is not None:
             resume = restored[0]["phase"], optimise.State(*restored[1])
-        callback = _Callback(attack.phases, folder, options, watch, progress, manager, stopping)
+        callback = _Callback(
+            attack.phases, folder, options, watch, progress, manager, stopping, background
+        )
         try:
             state = optimise.run(
                 attack.phases,
@@ -106,6 +109,7 @@ def run(
                 attack.data,
                 callback=callback,
                 chunk=options.chunk,
+                marks=callback.marks,
                 loop=options.loop,
                 resume=resume,
                 clock=folder.clock,
@@ -118,6 +122,7 @@ def run(
             raise
         finally:
             folder.save_logs()
+        background.wait()
         if stopping():
             # It may have come to another process.
             folder.interrupted = stopping.number or signal.SIGTERM
@@ -142,6 +147,7 @@ class _Callback:
         progress: Progress,
         manager: ocp.CheckpointManager,
         stopping: Signals,
+        background: Background,
     ) -> None:
         self.total = sum(phase.steps for phase in phases)
         self.ended = False
@@ -152,30 +158,41 @@ class _Callback:
         self._progress = progress
         self._manager = manager
         self._stopping = stopping
+        self._background = background
+
+    @property
+    def marks(self) -> tuple[int, ...]:
+        """Return the numbers of steps at whose multiples something is looked at."""
+        options = self._options
+        scores = options.scores_every if self._watch.score is not None else 0
+        return tuple(every for every in (options.pictures_every, scores) if every)
 
     def __call__(self, chunk: optimise.Chunk) -> None:
         self.latest = chunk
         done = chunk.start + len(chunk.metrics["loss"])
         last = chunk.phase == len(self._phases) - 1
         self.ended = last and (chunk.stopped or done == self.total)
-        for i in range(done - chunk.start):
-            row = {name: float(values[i]) for name, values in chunk.metrics.items()}
-            self._folder.metrics.add(step=chunk.start + i, phase=chunk.phase, **row)
+        if parallel.is_main():
+            columns = {name: values.tolist() for name, values in chunk.metrics.items()}
+            for step, values in enumerate(zip(*columns.values(), strict=True), chunk.start):
+                row = dict(zip(columns, values, strict=True))
+                self._folder.metrics.add(step=step, phase=chunk.phase, **row)
+        self._folder.save_logs()
         self._progress.update(chunk.phase, chunk.start, chunk.metrics)
         self._look(chunk, done)
         # A checkpoint of a state that is not finite would replace the last good one.
         if chunk.finite and (
             self._stopping() or self._folder.due(self._options.checkpoint_seconds)
         ):
-            self.save()
+            self.save(self._background)
 
-    def save(self) -> None:
-        """Save a checkpoint of the latest chunk."""
+    def save(self, later: Callable[[Callable[[], None]], None] = lambda job: job()) -> None:
+        """Save a checkpoint of the latest chunk; `later` does what takes long."""
         chunk = self.latest
         if chunk is None:
             return  # nothing was done since the checkpoint that the run goes on from
         step = chunk.start + len(chunk.metrics["loss"])
-        self._folder.save(self._manager, step, chunk.state, phase=chunk.phase)
+        self._folder.save(self._manager, step, chunk.state, later=later, phase=chunk.phase)
 
     def _look(self, chunk: optimise.Chunk, done: int) -> None:
         options, watch = self._options, self._watch
@@ -187,9 +204,13 @@ class _Callback:
         )
         if not show and not judge:
             return
-        images = parallel.fetch(chunk.state.images)
+        found = chunk.state.images
 
         def look() -> None:
+            images = parallel.fetch(found)
+            parallel.on_main(lambda: tell(images), FolderError)
+
+        def tell(images: Any) -> None:
             if show:
                 grid = self._folder.path / "progress" / f"step_{done:06d}.png"
                 grid.parent.mkdir(exist_ok=True)
@@ -197,12 +218,13 @@ class _Callback:
             if judge:
                 self._score(done, images)
 
-        parallel.on_main(look, FolderError)
+        self._background(look)
 
-    def _score(self, done: int, images: np.ndarray) -> None:
+    def _score(self, done: int, images: Any) -> None:
         assert self._watch.score is not None
         found = self._watch.score(images)
         self._folder.scores.add(step=done, **found)
+        self._folder.scores.save()
         self._progress.say(done, found)
 
 

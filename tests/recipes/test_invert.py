@@ -97,7 +97,7 @@ def test_writes_what_it_promises(finished: Path) -> None:
     )
     assert loss == pytest.approx(float(rows[-1]["loss"]), rel=1e-5)
     scores = list(csv.DictReader((finished / "scores.csv").open()))
-    assert [int(row["step"]) for row in scores] == [6, 10, 13]
+    assert [int(row["step"]) for row in scores] == [5, 10, 13]
     grids = sorted(path.name for path in (finished / "progress").iterdir())
     assert grids == ["step_000004.png", "step_000008.png", "step_000012.png"]
     page = (finished / "report.html").read_text()
