@@ -482,8 +482,8 @@ class _Whole:
         sound = np.isfinite(made.loss)
         if config.statistics == "none" or not sound.any():
             return
-        kept = made.weights if sound.all() else made.weights[sound]
-        new = statistics.of(kept, covariance=config.statistics == "covariance")
+        covariance = config.statistics == "covariance"
+        new = statistics.of(made.weights, covariance=covariance, kept=sound)
         before = self.statistics
         self.statistics = new if before is None else statistics.merged(before, new)
 
