@@ -42,6 +42,8 @@ from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
+from jax import Array
+from jax.sharding import PartitionSpec
 
 from jinv import checks, parallel
 from jinv.checks import Count, File, Natural, Seed
@@ -223,14 +225,16 @@ class Production(command.Loaded):
             self.factory.layout, config.sampling.sets, config.seeds, config.dtype, origin
         )
         self.held_out = self._held_out(own)
-        self._accuracies = jax.jit(
-            lambda parameters, x, y: jax.lax.map(
-                lambda one: head.correct(head.apply(one, x), y).mean(), parameters
-            )
-        )
+        layout = self.factory.layout
 
-    def _held_out(self, own: features.Features) -> tuple[np.ndarray, np.ndarray] | str:
-        """Return features and labels of the other split, or why there are none."""
+        def accuracies(weights: Array, x: Array, y: Array) -> Array:
+            parameters = layout.split(weights.astype(np.float32))
+            return jax.lax.map(lambda one: head.correct(head.apply(one, x), y).mean(), parameters)
+
+        self._accuracies = jax.jit(accuracies)
+
+    def _held_out(self, own: features.Features) -> tuple[Array, Array] | str:
+        """Return features and labels of the other split, on the devices, or why there are none."""
         kind = self.config.sampling.kind
         if kind != "balanced":
             return f"{kind} sets have no labels that other images share"
@@ -244,7 +248,8 @@ class Production(command.Loaded):
                 f"{self.config.features}: the splits have other classes, or are of other networks"
             )
         told = sampling.relabelled(found.labels, self.config.sampling.positive)
-        return np.asarray(found.features), told
+        placed = np.asarray(found.features), told
+        return parallel.put(self.factory.mesh, PartitionSpec(), placed)
 
     def sets(self, seed: int) -> Sets:
         """Return the training sets of a seed."""
@@ -261,9 +266,9 @@ class Production(command.Loaded):
         """
         seeds = self.config.seeds if seeds is None else seeds
         drawn = Sets(*(part[: 2 * self.factory.chunk] for part in self._drawn))
-        self.factory.seed(0, drawn)  # compiles
+        self._make(0, drawn)  # compiles
         start = time.perf_counter()
-        self.factory.seed(0, drawn)
+        self._make(0, drawn)
         each = (time.perf_counter() - start) / len(drawn.indices)
         models = seeds * self.config.sampling.sets
         plan: dict[str, Any] = {
@@ -271,7 +276,7 @@ class Production(command.Loaded):
             "parameters": self.factory.layout.size,
             "examples": self.examples,
             "path": self._path,
-            "chunk": self.factory.chunk,
+            "chunk": self.factory.at_once(self.config.sampling.sets),
             "bytes": self.metadata.seed_bytes * seeds,
             "models_per_second": round(1 / each, 1),
             "seconds": round(models * each, 1),
@@ -294,6 +299,11 @@ class Production(command.Loaded):
             f"about {found['seconds']:.0f} s at {found['models_per_second']:.0f} models a second; "
             f"{kept}"
         )
+
+    @property
+    def _make(self) -> Callable[..., Made[Any]]:
+        """Makes a seed's models where they are needed."""
+        return self.factory.seed if self.config.store else self.factory.on_device
 
     @property
     def _path(self) -> str:
@@ -363,17 +373,20 @@ class Production(command.Loaded):
         return target
 
     def stream(
-        self, seeds: Sequence[int], see: Callable[[int, Made], None] = lambda seed, made: None
-    ) -> Iterator[tuple[int, Made]]:
-        """Yield (seed, its models), one after the other; `see` is shown every chunk.
+        self, seeds: Sequence[int], see: Callable[[int, np.ndarray], None] = lambda seed, loss: None
+    ) -> Iterator[tuple[int, Made[Any]]]:
+        """Yield (seed, its models), one after the other; `see` is shown every chunk's losses.
+
+        The models lie on the host if they are to be stored, else on the device.
 
         Raises:
           DivergedError: a good number of models is made, and none is of use.
         """
         models, sound = 0, False
         for seed in seeds:
-            made = self.factory.seed(seed, self.sets(seed), lambda made: see(seed, made))  # noqa: B023
-            models, sound = models + len(made.loss), sound or bool(np.isfinite(made.loss).any())
+            made = self._make(seed, self.sets(seed), lambda loss: see(seed, loss))  # noqa: B023
+            loss = np.asarray(made.loss)
+            models, sound = models + len(loss), sound or bool(np.isfinite(loss).any())
             if models >= _TELLING and not sound:
                 raise DivergedError(models)
             yield seed, made
@@ -407,7 +420,7 @@ class Production(command.Loaded):
             summary = self._summary(made, watch.done, path)
         return vars(summary) if folder is None else command.finish(folder, summary)
 
-    def _summary(self, seeds: Iterator[Made], done: Done, folder: Path | None) -> Summary:
+    def _summary(self, seeds: Iterator[Made[Any]], done: Done, folder: Path | None) -> Summary:
         """Return the summary of models that are read or made while it is formed."""
         config, whole = self.config, _Whole(self)
         for made in seeds:
@@ -452,19 +465,18 @@ class Production(command.Loaded):
             versions=hardware.versions(),
         )
 
-    def accuracies(self, weights: np.ndarray) -> np.ndarray:
+    def accuracies(self, weights: np.ndarray | Array) -> np.ndarray:
         """Return the share of the other split's images that each of S models gives their labels.
 
         Args:
-          weights: (S, P).
+          weights: (S, P), on the host or the device.
 
         Returns:
           (S,), or nothing where there is no other split.
         """
         if isinstance(self.held_out, str) or not len(weights):
             return np.empty(0)
-        parameters = self.factory.layout.split(np.asarray(weights, np.float32))
-        return np.asarray(self._accuracies(parameters, *self.held_out))
+        return np.asarray(self._accuracies(weights, *self.held_out))
 
 
 class _Whole:
@@ -475,11 +487,12 @@ class _Whole:
         self._production = production
         self._rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
-    def add(self, made: Made) -> None:
+    def add(self, made: Made[Any]) -> None:
         config = self._production.config
         accuracies = self._production.accuracies(made.weights[: config.validate])
-        self._rows.append((made.loss, made.attempts, accuracies))
-        sound = np.isfinite(made.loss)
+        loss = np.asarray(made.loss)
+        self._rows.append((loss, np.asarray(made.attempts), accuracies))
+        sound = np.isfinite(loss)
         if config.statistics == "none" or not sound.any():
             return
         covariance = config.statistics == "covariance"
@@ -536,10 +549,10 @@ class _Watch:
         self._signals.__exit__(*error)
         self.done.seconds = time.perf_counter() - self._began
 
-    def __call__(self, seed: int, made: Made) -> None:
+    def __call__(self, seed: int, loss: np.ndarray) -> None:
         done = self.done
-        self._progress.update(0, done.models, {"loss": made.loss})
-        done.models += len(made.loss)
+        self._progress.update(0, done.models, {"loss": loss})
+        done.models += len(loss)
         done.seconds = time.perf_counter() - self._began
         if self._signals.number and done.models < self._models:
             after = f"{self._folder}: go on with --resume" if self._folder else "nothing was kept"

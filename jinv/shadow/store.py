@@ -62,8 +62,8 @@ class Layout:
         """P."""
         return sum(math.prod(shape) for _, shape in self.shapes)
 
-    def split(self, weights: np.ndarray) -> dict[str, np.ndarray]:
-        """(..., P) -> parameters (..., *shape) by name."""
+    def split(self, weights: Any) -> dict[str, Any]:
+        """(..., P) -> parameters (..., *shape) by name; arrays of NumPy or JAX."""
         shapes = dict(self.shapes)
         return {
             name: weights[..., part].reshape(*weights.shape[:-1], *shapes[name])

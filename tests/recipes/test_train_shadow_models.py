@@ -26,7 +26,17 @@ from conftest import CACHE, ROOT
 from jinv.recipes import train_shadow_models
 from jinv.recipes.train_shadow_models import Part
 from jinv.runs import command_line
-from jinv.shadow import Config, Privacy, features, make_train, privacy, sampling, store
+from jinv.shadow import (
+    Config,
+    Privacy,
+    features,
+    generation,
+    make_train,
+    privacy,
+    sampling,
+    statistics,
+    store,
+)
 from jinv.shadow.generation import Factory, Made
 from jinv.shadow.store import Store
 
@@ -248,6 +258,35 @@ def test_streamed_models_leave_the_same_summary(tmp_path: Path, recipe: dict[str
     text = printed.getvalue()
     assert json.loads(text[text.index("{") :])["loss"] == kept["loss"]
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("kind", ["moments", "covariance"])
+def test_models_that_are_not_kept_never_leave_a_gpu(
+    tmp_path: Path, recipe: dict[str, Any], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe | {"statistics": kind, "validate": None}
+    assert run(tmp_path, recipe) == 0
+    init = Factory.__init__
+
+    def elsewhere(self: Factory, *args: Any, **options: Any) -> None:
+        init(self, *args, **options)
+        self._on_cpu = False
+
+    monkeypatch.setattr(Factory, "__init__", elsewhere)
+    monkeypatch.setattr(statistics.jax, "default_backend", lambda: "gpu")
+    monkeypatch.delattr(generation._OnDevice, "on_host")
+    monkeypatch.delattr(statistics, "_on_host")
+    assert run(tmp_path, recipe | {"store": False}, out="passed") == 0
+    kept, passed = summary(tmp_path), summary(tmp_path, "passed")
+    for name in ("loss", "validation", "models", "statistics"):
+        assert passed[name] == kept[name]
+    with (
+        np.load(tmp_path / "out/statistics.npz") as a,
+        np.load(tmp_path / "passed/statistics.npz") as b,
+    ):
+        assert set(a) == set(b)
+        for name in a:
+            np.testing.assert_allclose(b[name], a[name], rtol=1e-12, atol=1e-15)
 
 
 def test_only_what_failed_is_trained_again(tmp_path: Path) -> None:
