@@ -122,7 +122,8 @@ class Summary:
         same in all models); or null.
       bytes: of all weights.
       session: models, seconds, models_per_second: of the process that wrote this, since its last
-        start, statistics excluded.
+        start, statistics excluded; bytes_per_second: of their weights; waited_for_disk: how many of
+        the seconds passed with nothing to do but to write (both null where nothing is stored).
       device: number and kind of the devices.
       versions: of python, jax, jaxlib, flax and jinv.
     """
@@ -403,21 +404,27 @@ class Production(command.Loaded):
           StoreError: the disk is full, say; finished seeds are kept.
         """
         seeds = self.missing(target)
+        done = Done(model_bytes=self.metadata.seed_bytes // self.metadata.sets)
         with (
-            _Watch(target.folder, len(seeds) * self.config.sampling.sets) as watch,
+            _Watch(target.folder, len(seeds) * self.config.sampling.sets, done) as watch,
             contextlib.ExitStack() as writing,
         ):
             for seed, made in self.stream(seeds, watch):
-                writing.close()  # one seed is written while the next is made
-                writing.callback(target.write(seed, *made))
-        return watch.done
+                with done.waiting():
+                    writing.close()  # one seed is written while the next is made
+                    wait = target.write(seed, *made)
+                writing.callback(wait)
+            with done.waiting():
+                writing.close()
+        return done
 
     def pass_by(self, folder: RunFolder | None) -> dict[str, Any]:
         """Make all models without keeping them; statistics and summary go into the folder."""
         path = None if folder is None else folder.path
-        with _Watch(None, self.config.seeds * self.config.sampling.sets) as watch:
+        done = Done()
+        with _Watch(None, self.config.seeds * self.config.sampling.sets, done) as watch:
             made = (found for _, found in self.stream(range(self.config.seeds), watch))
-            summary = self._summary(made, watch.done, path)
+            summary = self._summary(made, done, path)
         return vars(summary) if folder is None else command.finish(folder, summary)
 
     def _summary(self, seeds: Iterator[Made[Any]], done: Done, folder: Path | None) -> Summary:
@@ -508,18 +515,39 @@ class _Whole:
 
 @dataclasses.dataclass
 class Done:
-    """What a process has made since it was started."""
+    """What a process has made since it was started.
+
+    Attributes:
+      models: how many.
+      seconds: it took.
+      waited: of the seconds, in which the disk was waited for.
+      model_bytes: of a stored model; 0 where nothing is stored.
+    """
 
     models: int = 0
     seconds: float = 0.0
+    waited: float = 0.0
+    model_bytes: int = 0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time inside as waited for the disk."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.waited += time.perf_counter() - began
 
     def plain(self) -> dict[str, Any]:
         """Return it as the summary says it."""
-        rate = round(self.models / self.seconds, 1) if self.seconds else None
+        rate = self.models / self.seconds if self.seconds else None
+        stored = self.model_bytes > 0
         return {
             "models": self.models,
             "seconds": round(self.seconds, 3),
-            "models_per_second": rate,
+            "models_per_second": None if rate is None else round(rate, 1),
+            "bytes_per_second": round(rate * self.model_bytes) if stored and rate else None,
+            "waited_for_disk": round(self.waited, 3) if stored else None,
         }
 
 
@@ -530,9 +558,9 @@ class _Watch:
       done: what has been made so far.
     """
 
-    def __init__(self, folder: Path | None, models: int) -> None:
+    def __init__(self, folder: Path | None, models: int, done: Done) -> None:
         """Watch the making of so many models into a store's folder; None if nothing is kept."""
-        self.done = Done()
+        self.done = done
         self._folder = folder
         self._models = models
         self._signals = Signals()
@@ -654,9 +682,12 @@ def _verify(folder: Path) -> None:
 
 
 def _say(summary: dict[str, Any]) -> str:
-    """Say how many models there are."""
+    """Say how many models there are, and whether the disk held them up."""
     made = summary["session"]
-    return f"{summary['models']} models, {made['models']} of them now in {made['seconds']:.0f} s"
+    said = f"{summary['models']} models, {made['models']} of them now in {made['seconds']:.0f} s"
+    if made["models"] and made["waited_for_disk"] is not None:
+        said += f", {made['waited_for_disk']:.1f} s of it waiting for the disk"
+    return said
 
 
 COMMAND = command.Command(

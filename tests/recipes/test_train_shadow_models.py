@@ -289,6 +289,37 @@ def test_models_that_are_not_kept_never_leave_a_gpu(
             np.testing.assert_allclose(b[name], a[name], rtol=1e-12, atol=1e-15)
 
 
+def test_the_summary_says_how_long_the_disk_was_waited_for(
+    tmp_path: Path,
+    recipe: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write = Store.write
+
+    def slowly(*args: Any) -> Any:
+        wait = write(*args)
+
+        def sleepy() -> None:
+            time.sleep(0.3)
+            wait()
+
+        return sleepy
+
+    monkeypatch.setattr(Store, "write", slowly)
+    assert run(tmp_path, recipe) == 0
+    told = summary(tmp_path)["session"]
+    assert 0.9 <= told["waited_for_disk"] < told["seconds"]
+    assert told["bytes_per_second"] == pytest.approx(60 * 51 * 4 / told["seconds"], rel=0.01)
+    assert (
+        f", {told['waited_for_disk']:.1f} s of it waiting for the disk" in capsys.readouterr().out
+    )
+    assert run(tmp_path, recipe | {"store": False}, out="passed") == 0
+    told = summary(tmp_path, "passed")["session"]
+    assert (told["waited_for_disk"], told["bytes_per_second"]) == (None, None)
+    assert "disk" not in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_only_what_failed_is_trained_again(tmp_path: Path) -> None:
     """One person against others, until the loss is low enough: CelebA's heads."""
     save_features(tmp_path / "features", people=6)
