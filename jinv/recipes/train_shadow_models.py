@@ -56,10 +56,13 @@ from jinv.shadow import features, privacy, sampling, statistics, store, training
 from jinv.shadow.config import Config as Training
 from jinv.shadow.config import make_head
 from jinv.shadow.generation import DivergedError, Execution, Factory, Made, Restarts
+from jinv.shadow.heads import Parameters
 from jinv.shadow.sampling import Sampling, Sets
 
 _TELLING = 16
 """Models that do not all diverge by chance."""
+_AT_ONCE = 8
+"""Models whose accuracies are computed together: twice as fast as one by one on a CPU."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +233,11 @@ class Production(command.Loaded):
 
         def accuracies(weights: Array, x: Array, y: Array) -> Array:
             parameters = layout.split(weights.astype(np.float32))
-            return jax.lax.map(lambda one: head.correct(head.apply(one, x), y).mean(), parameters)
+
+            def accuracy(one: Parameters) -> Array:
+                return head.correct(head.apply(one, x), y).mean()
+
+            return jax.lax.map(accuracy, parameters, batch_size=_AT_ONCE)
 
         self._accuracies = jax.jit(accuracies)
 
