@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +43,22 @@ def test_a_store_gives_back_what_was_written(tmp_path: Path) -> None:
     np.testing.assert_array_equal(parameters["weight"], expected[:, 3:].reshape(2, 3, 4))
     assert found.missing() == [1]
     assert found.damaged() == {}
+
+
+def test_written_weights_are_let_go(tmp_path: Path) -> None:
+    """They are read where they lie, as a GPU's are, read-only; afterwards memory is free again."""
+    found = Store.create(tmp_path, METADATA)
+    weights, *others = models(0)
+    weights.flags.writeable = False
+    held = sys.getrefcount(weights)
+    found.write(0, weights, *others)()
+    end = time.monotonic() + 5
+    while sys.getrefcount(weights) > held and time.monotonic() < end:
+        time.sleep(0.001)
+    assert sys.getrefcount(weights) == held
+    weights.flags.writeable = True
+    weights[:] = 0
+    np.testing.assert_array_equal(found.read(0), models(0)[0])
 
 
 def test_halves_are_stored_as_such(tmp_path: Path) -> None:
