@@ -61,7 +61,9 @@ Before timing, all must train the same weights from the same start in float64 (D
 noise): weight_difference, relative to how far training moves them, at most 1e-5. floor_s is
 the time to write a model's weights at this machine's copying speed, floor_share its part of ours_s.
 Two more tables (`--cases numbers`, `--cases memory`) have rows of their own: generator, nanoseconds
-a normal number, quartiles; and models, peak_mib, seconds of a process that streams them.
+a normal number, quartiles; and models, peak_mib, seconds of a process that streams them. A third
+comes only when asked for (`--cases delivery`): device_s, host_s and store_s, seconds a model that
+stays on the device, comes to the host, or goes to a store in the folder for temporary files.
 
 `labels` times nothing: it counts which labels every method restores from gradients of trained
 networks, over `--repeats` batches. MobileNetV2 and EfficientNet-Lite0 get random crops of

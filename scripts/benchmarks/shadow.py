@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,13 +23,15 @@ from torch import nn
 
 from benchmarks import timing, torch_shadow
 from jinv import prng
-from jinv.shadow import Config, Privacy, generation, make_train, sampling
+from jinv.shadow import Config, Privacy, generation, make_train, sampling, store
 from jinv.shadow.config import make_head
 
 IMAGES = 10_000
 """With features that shadow models are trained on."""
 SECONDS = 0.5
 """That a side computes in a round, about."""
+SEED = 5000
+"""Models of a seed that is delivered, as in the paper."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,6 +264,52 @@ def numbers(repeats: int) -> Iterator[dict[str, Any]]:
         }
 
 
+def delivery(case: Case, models: int, folder: Path) -> dict[str, Any]:
+    """Seconds a model when it stays on the device, comes to the host, and goes to a store.
+
+    The second includes the first, and the third overlaps with the second, as in the command.
+
+    Args:
+      case: the setting; in float32.
+      models: how many, about: whole seeds of 5000, or one seed.
+      folder: for the store, which stays there; a new one.
+    """
+    features, labels = problem(case)
+    examples, count = 10 * case.class_size, min(models, SEED)
+    seeds = range(1, 1 + models // count)
+    drawn = sampling.balanced(labels, 0, case.class_size, min(count, IMAGES // examples))
+    rows = np.arange(count) % len(drawn.indices)  # there are fewer images than the paper's
+    sets = sampling.Sets(drawn.indices[rows], drawn.labels[rows])
+    factory = generation.Factory(case.config, features, examples, jax.random.key(0))
+    told = store.Metadata(factory.layout, count, len(seeds), "float32", {"case": str(case)})
+    target = store.Store.create(folder, told)
+
+    def on_device() -> None:
+        for seed in seeds:
+            jax.block_until_ready(factory.on_device(seed, sets))
+
+    def on_host() -> None:
+        for seed in seeds:
+            factory.seed(seed, sets)
+
+    def to_disk() -> None:
+        with contextlib.ExitStack() as writing:
+            for seed in seeds:
+                made = factory.seed(seed, sets)
+                writing.close()
+                writing.callback(target.write(seed - 1, *made))
+
+    total, size = count * len(seeds), told.seed_bytes // count
+    found: dict[str, Any] = {"case": str(case), "models": total, "bytes_per_model": size}
+    for name, way in (("device_s", on_device), ("host_s", on_host), ("store_s", to_disk)):
+        if way is not to_disk:
+            way()  # compiles, and takes the host's memory for the first time
+        start = time.perf_counter()
+        way()
+        found[name] = (time.perf_counter() - start) / total
+    return found | {f"{n}_bytes_per_s": size / found[f"{n}_s"] for n in ("host", "store")}
+
+
 _PEAK = """
 import sys
 sys.path.insert(0, "scripts")
@@ -308,8 +358,14 @@ def run(args: argparse.Namespace) -> None:
         for row in memory():
             rows.append(row)
             print(f"{row['models']:>9} models: peak {row['peak_mib']:.0f} MiB, {row['seconds']} s")
+    if "delivery" in words:
+        for case in CASES:
+            with tempfile.TemporaryDirectory() as folder:
+                rows.append(delivery(case, SEED, Path(folder)))
+            times = (f"{1e6 * rows[-1][name]:9.2f}" for name in ("device_s", "host_s", "store_s"))
+            print(f"{case!s:24}{''.join(times)} us a model: device, host, store", flush=True)
     timing.write(args.out, rows)
-    settings = [word for word in words if word not in ("numbers", "memory")]
+    settings = [word for word in words if word not in ("numbers", "memory", "delivery")]
     if words and not settings:
         return
     cases = timing.chosen(CASES, settings)
