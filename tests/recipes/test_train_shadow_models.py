@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -287,6 +288,28 @@ def test_models_that_are_not_kept_never_leave_a_gpu(
         assert set(a) == set(b)
         for name in a:
             np.testing.assert_allclose(b[name], a[name], rtol=1e-12, atol=1e-15)
+
+
+def test_sets_are_drawn_while_the_seed_before_is_made(
+    tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = [threading.Event() for _ in range(3)]
+    draw, make = sampling.Sampling.draw, Factory.seed
+    waited = []
+
+    def told(self: sampling.Sampling, labels: np.ndarray, seed: int) -> sampling.Sets:
+        drawn[seed].set()
+        return draw(self, labels, seed)
+
+    def late(self: Factory, seed: int, *args: Any) -> Made[Any]:
+        if args[1:] and seed < 2:  # no trial
+            waited.append(drawn[seed + 1].wait(20))
+        return make(self, seed, *args)
+
+    monkeypatch.setattr(sampling.Sampling, "draw", told)
+    monkeypatch.setattr(Factory, "seed", late)
+    assert run(tmp_path, recipe) == 0
+    assert waited == [True, True]
 
 
 def test_the_summary_says_how_long_the_disk_was_waited_for(
