@@ -260,9 +260,8 @@ def load(
     if weights is None:
         return _net(build(rngs=nnx.Rngs(seed)), preprocessing, name, _usual_names(found, classes))
     path = packaged_weights(name) if weights == "package" else weights
-    variables = _read(name, path, template(name, classes))
     model = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
-    nnx.update(model, variables)
+    nnx.update(model, _read(name, path, nnx.to_pure_dict(nnx.state(model))))
     names = _names_beside(path, count) or _usual_names(found, classes)
     return _net(model, preprocessing, name, names)
 
