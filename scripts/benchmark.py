@@ -2,6 +2,8 @@
 
     python scripts/benchmark.py inversion --out inversion.json
     python scripts/benchmark.py inversion --out one.json --cases mobilenet_v2 --repeats 15
+    python scripts/benchmark.py inversion --out two.json --cases resnet50 84x224 bfloat16 \\
+        --peers pytorch_frozen pytorch_channels_last
     python scripts/benchmark.py ensemble --out ensemble.json
     python scripts/benchmark.py gradients --out gradients.json
     python scripts/benchmark.py shadow --out shadow.json
@@ -13,10 +15,14 @@ all with the same weights:
 
     pytorch_frozen     eager, weights that want no gradient, moments by `torch.var_mean`
     pytorch_published  eager, as the published code: it also computes the weights' gradients
-    pytorch_compiled   `torch.compile` of the frozen one, channels last; on GPU only
+    pytorch_channels_last   the frozen one with images and weights so laid; on GPU only
+    pytorch_compiled   `torch.compile` of that, which takes a minute; on GPU only
 
-Before timing, both sides must give the same loss and the same gradient of the images (on CPU in
-float64, to 1e-6). A GPU adds ResNet-50 on 84 images of 224 px in bfloat16.
+`--peers` chooses some of them. Before timing, both sides must give the same terms of the loss and
+the same gradient of the images: on CPU in float64, to 1e-6; on GPU as they will be timed, where
+rounding turns the gradient by up to 0.3 in bfloat16 and 0.1 in TF32, but terms and norm agree to
+0.02 and 0.005. A GPU adds ResNet-50 and MobileNetV2 on 84 images of 224 px, in bfloat16 and
+float32.
 
 `ensemble` times one such step of several networks jointly, against the first two and against
 
@@ -84,8 +90,11 @@ machine are repeated (up to three times as many), and the quietest count. The JS
       ours_quartiles_s, peer_quartiles_s, ratio_quartiles
       n                   rounds
       others              cores that other processes kept busy, median over rounds
-      loss_difference, gradient_difference   relative, between the sides, before timing
-                          (`ensemble`: the loss only, in float32, and of pytorch_frozen)
+      loss_difference     of the term of the loss that differs most between the sides, before
+                          timing, relative (`ensemble`: the whole loss, in float32, of
+                          pytorch_frozen)
+      norm_difference     of the gradients' norms, relative; not `ensemble`
+      direction_difference   length of the difference of the gradients at length 1; likewise
       psnr_ours, psnr_peer   `gradients` only
 
 and the rows are printed as a table. torch and torchvision are needed, and scikit-image by
@@ -118,7 +127,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         command = commands.add_parser(name, help=text)
         command.set_defaults(run=run)
         command.add_argument("--out", type=Path, required=True, metavar="FILE", help="to write")
-        command.add_argument("--cases", nargs="+", metavar="WORD", help="only cases containing one")
+        command.add_argument(
+            "--cases", nargs="+", metavar="WORD", help="only cases with all of them"
+        )
+        if name == "inversion":
+            command.add_argument("--peers", nargs="+", metavar="PEER", help="only these")
         command.add_argument("--repeats", type=int, default=9, metavar="N", help="rounds, >= 7")
         command.add_argument("--steps", type=int, default=3, metavar="N", help="steps in a round")
     args = parser.parse_args(arguments)

@@ -25,6 +25,12 @@ SAME = (np.ones(3), np.zeros(3))
 """The view of a network that takes images as they are."""
 
 
+PEERS = ("pytorch_frozen", "pytorch_published", "pytorch_channels_last", "pytorch_compiled")
+"""See `scripts/benchmark.py`; the last two on GPU only."""
+
+TERMS = ("label", "batch_norm", "tv_l2", "l2")
+
+
 class SameConv2d(nn.Conv2d):
     """Convolution with TensorFlow's SAME padding."""
 
@@ -105,19 +111,41 @@ class EfficientNetLite0(nn.Module):
 
 
 def torch_network(name: str) -> nn.Module:
-    """Network with random weights and BatchNorm statistics."""
+    """Network with random weights and the BatchNorm statistics that belong to them."""
     torch.manual_seed(0)
     if name == "efficientnet_lite0":
         net: nn.Module = EfficientNetLite0()
     else:
         net = getattr(torchvision().models, name)()
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            assert module.running_mean is not None
-            assert module.running_var is not None
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
-    return net.eval()
+    return with_statistics(net.eval())
+
+
+def with_statistics(net: nn.Module) -> nn.Module:
+    """Give every BatchNorm layer running statistics near those of noise that passes through.
+
+    Near, so that the prior has something to do; layer after layer, so that activations keep their
+    size however deep the network is. Most of them lie above ReLU's kink: a gradient of a random
+    network that crosses it everywhere is decided by rounding in bfloat16, on any side.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def measure(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(norm, nn.BatchNorm2d)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        var, mean = torch.var_mean(inputs[0], (0, 2, 3), correction=0)
+        shift = 0.3 * torch.randn(mean.shape, generator=generator)
+        norm.running_mean.copy_(mean + var.sqrt() * shift)
+        norm.bias.fill_(3.0)
+        norm.running_var.copy_(var * (0.5 + torch.rand(var.shape, generator=generator)))
+
+    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    hooks = [norm.register_forward_pre_hook(measure) for norm in norms]
+    with torch.no_grad():
+        net(torch.randn(8, 3, 64, 64, generator=generator))
+    for hook in hooks:
+        hook.remove()
+    return net
 
 
 def torchvision() -> ModuleType:
@@ -142,7 +170,7 @@ class TorchInversion:
     """DeepInversion as one writes it in PyTorch.
 
     Args:
-      peer: "pytorch_frozen", "pytorch_published" or "pytorch_compiled".
+      peer: one of `PEERS`.
       nets: networks in evaluation mode; left as they are.
       views: for each, (gain, shift) by channel that turn images into what it takes.
       images: (B, H, W, C), initial.
@@ -167,7 +195,8 @@ class TorchInversion:
         self.published = peer == "pytorch_published"
         self.dtype = dtype
         compiled = peer == "pytorch_compiled"
-        layout = torch.channels_last if compiled else torch.contiguous_format
+        last = compiled or peer == "pytorch_channels_last"
+        layout = torch.channels_last if last else torch.contiguous_format
         self.nets = [copy.deepcopy(net).to(self.device) for net in nets]
         self.terms: list[Tensor] = []
         for net in self.nets:
@@ -209,7 +238,7 @@ class TorchInversion:
         return self._by_channel(view[0]), self._by_channel(view[1])
 
     def _of_one(self, net: nn.Module, view: tuple[Tensor, Tensor] | None, x: Tensor) -> Tensor:
-        """One network's label loss and BatchNorm prior."""
+        """One network's label loss and BatchNorm prior, (2,), weighted."""
         self.terms.clear()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
             logits = net(x if view is None else x * view[0] + view[1])
@@ -217,12 +246,12 @@ class TorchInversion:
         self.terms.clear()
         batch_norm = FIRST_BATCH_NORM * first + torch.stack(others).sum()
         label = functional.cross_entropy(logits.to(x.dtype), self.targets)
-        return label + BATCH_NORM * batch_norm
+        return torch.stack([label, BATCH_NORM * batch_norm])
 
     def plain_objective(self, x: Tensor) -> Tensor:
-        """The loss that one differentiates."""
+        """The weighted `TERMS`, whose sum one differentiates."""
         pairs = zip(self.nets, self.views, strict=True)
-        networks = torch.stack([self._of_one(net, view, x) for net, view in pairs]).sum()
+        networks = torch.stack([self._of_one(net, view, x) for net, view in pairs]).sum(0)
         variation = (
             torch.norm(x[:, :, :, :-1] - x[:, :, :, 1:])
             + torch.norm(x[:, :, :-1] - x[:, :, 1:])
@@ -230,25 +259,30 @@ class TorchInversion:
             + torch.norm(x[:, :, :-1, :-1] - x[:, :, 1:, 1:])
         )
         l2 = torch.norm(x.reshape(len(x), -1), dim=1).mean()
-        return networks + TV_L2 * variation + L2 * l2
+        return torch.cat([networks, torch.stack([TV_L2 * variation, L2 * l2])])
 
-    def loss_and_gradient(self) -> tuple[float, np.ndarray]:
-        """Of the initial images, as they are; gradient (B, H, W, C)."""
-        loss = self.objective(self.images)
-        (gradient,) = torch.autograd.grad(loss, self.images)
-        return loss.item(), gradient.permute(0, 2, 3, 1).cpu().numpy()
+    def _seen(self, shifts: tuple[int, int]) -> Tensor:
+        """The images as a step sees them, which decides how they lie in memory."""
+        return torch.roll(self.images, shifts, (2, 3))
+
+    def terms_and_gradient(self) -> tuple[dict[str, float], np.ndarray]:
+        """Weighted terms and gradient (B, H, W, C) of the initial images, by what is timed."""
+        terms = self.objective(self._seen((0, 0)))
+        (gradient,) = torch.autograd.grad(terms.sum(), self.images)
+        values = dict(zip(TERMS, terms.tolist(), strict=True))
+        return values, gradient.permute(0, 2, 3, 1).cpu().numpy()
 
     def run(self, steps: int) -> None:
         """Take so many steps."""
         for _ in range(steps):
             shifts = (random.randint(-JITTER, JITTER), random.randint(-JITTER, JITTER))
-            seen = torch.roll(self.images, shifts, (2, 3))
+            seen = self._seen(shifts)
             if random.random() < 0.5:
                 seen = torch.flip(seen, (3,))
             self.optimiser.zero_grad()
             for net in self.nets:
                 net.zero_grad()
-            loss = self.objective(seen)
+            loss = self.objective(seen).sum()
             loss.backward()
             if loss.item() < self.best_loss:
                 self.best_loss = loss.item()
