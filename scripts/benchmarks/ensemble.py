@@ -42,23 +42,22 @@ LEAN = (Case(("mobilenet_v2", "efficientnet_lite0", "efficientnet_lite1"), 8, 22
 PLACED = (Case(("mobilenet_v2", "efficientnet_lite0"), 8, 112), Case(("mobilenet_v2",) * 2, 8, 112))
 
 
-class Ours:
-    """Our steps outside `optimise.run`: attacks in turn, one step each."""
+class InTurn:
+    """Several attacks, a step of each in turn."""
 
     def __init__(self, attacks: Sequence[deepinversion.Attack], images: np.ndarray) -> None:
-        self.attacks = attacks
-        self.steps = [jax.jit(a.phases[0].step, donate_argnums=1) for a in attacks]
-        self.states = [
-            optimise.enter(a.phases[0], _laid(a, jnp.asarray(images)), 0) for a in attacks
-        ]
+        self.attacks = [steps_of(attack, images, 1) for attack in attacks]
 
     def run(self, steps: int) -> None:
         """Take so many steps of every attack."""
         for _ in range(steps):
-            for i, attack in enumerate(self.attacks):
-                key = jax.random.key(0)
-                self.states[i], info = self.steps[i](key, self.states[i], attack.data)
-                jax.device_get(info)
+            for attack in self.attacks:
+                attack.run(1)
+
+
+def steps_of(attack: deepinversion.Attack, images: np.ndarray, chunk: int) -> timing.Steps:
+    """Of images that lie on the attack's devices."""
+    return timing.Steps(attack, _laid(attack, jnp.asarray(images)), chunk=chunk)
 
 
 def _laid(attack: deepinversion.Attack, images: jax.Array) -> jax.Array:
@@ -109,7 +108,7 @@ def against_torch(case: Case, repeats: int, steps: int) -> Iterator[dict]:
         name: TorchInversion(name, torch_nets, views, images, targets, bounds, total, "float32")
         for name in ("pytorch_frozen", "pytorch_published")
     }
-    peers["single_steps"] = Ours([attack_on([n], case, targets, total) for n in nets], images)
+    peers["single_steps"] = InTurn([attack_on([n], case, targets, total) for n in nets], images)
     attack = attack_on(nets, case, targets, total)
     terms, _ = TorchInversion(
         "pytorch_frozen", torch_nets, views, images, targets, bounds, 2, "float32"
@@ -139,9 +138,11 @@ def placed(case: Case, repeats: int, steps: int) -> Iterator[dict]:
     total = steps * (1 + 3 * repeats)
     devices = len(nets)
     peers = {
-        "one_device": Ours([attack_on(nets, case, targets, total)], images),
-        "data_parallel": Ours(
-            [attack_on(nets, case, targets, total, ensemble.Execution(devices, "data"))], images
+        "one_device": steps_of(attack_on(nets, case, targets, total), images, steps),
+        "data_parallel": steps_of(
+            attack_on(nets, case, targets, total, ensemble.Execution(devices, "data")),
+            images,
+            steps,
         ),
     }
     attack = attack_on(nets, case, targets, total, ensemble.Execution(devices, "networks"))
@@ -162,7 +163,7 @@ def lean(case: Case, repeats: int, steps: int) -> Iterator[dict]:
         )
         for name, value in (("networks_at_once", None), ("images_at_once", 2))
     }
-    peers = {name: Ours([other], images) for name, other in attacks.items()}
+    peers = {name: steps_of(other, images, steps) for name, other in attacks.items()}
     rounds = timing.take_turns(attack, jnp.asarray(images), peers, repeats, steps)
     for name, other in attacks.items():
         memory = {"ours_mib": timing.step_mib(attack), "peer_mib": timing.step_mib(other)}

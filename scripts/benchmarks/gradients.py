@@ -303,22 +303,6 @@ class InTurn:
             peer.run(steps)
 
 
-class Ours:
-    """Our steps outside `optimise.run`."""
-
-    def __init__(self, attack: Attack, initial: np.ndarray) -> None:
-        (phase,) = attack.phases
-        self.data = attack.data
-        self.step = jax.jit(phase.step, donate_argnums=1)
-        self.state = optimise.enter(phase, jnp.asarray(initial), 0)
-
-    def run(self, steps: int) -> None:
-        """Take so many steps."""
-        for _ in range(steps):
-            self.state, info = self.step(jax.random.key(0), self.state, self.data)
-            jax.device_get(info)
-
-
 def measure(case: Case, repeats: int, steps: int) -> Iterator[dict]:
     """One case against every peer; times are of one seed."""
     torch_net = network(case.network)
@@ -342,7 +326,9 @@ def measure(case: Case, repeats: int, steps: int) -> Iterator[dict]:
     if case.seeds > 1:
         alone = dataclasses.replace(config, seeds=1)
         one = our_attack(alone, net, torch_net, given)
-        peers["single_seeds"] = InTurn([Ours(one, each[None]) for each in given.initial])
+        peers["single_seeds"] = InTurn(
+            [timing.Steps(one, jnp.asarray(each[None]), chunk=steps) for each in given.initial]
+        )
     attack = our_attack(config, net, torch_net, given)
     found = timing.take_turns(attack, jnp.asarray(given.initial), peers, repeats, steps)
     rounds = [
@@ -364,7 +350,7 @@ def lean(case: Case, execution: dict[str, Any], repeats: int, steps: int) -> Ite
     shared = (recipe(case, steps * (1 + 3 * repeats)), net, torch_net, given)
     attack, other = our_attack(*shared), our_attack(*shared, **execution)
     name = ", ".join(f"{option}={value}" for option, value in execution.items())
-    peers = {name: Ours(other, given.initial)}
+    peers = {name: timing.Steps(other, jnp.asarray(given.initial), chunk=steps)}
     rounds = timing.take_turns(attack, jnp.asarray(given.initial), peers, repeats, steps)
     memory = {"ours_mib": timing.step_mib(attack), "peer_mib": timing.step_mib(other)}
     yield timing.row(f"lean {case}", name, rounds, **memory)

@@ -12,13 +12,13 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import torch
 
-from jinv import optimise
+from jinv import backend, optimise
 from jinv.attacks import deepinversion, gradient_inversion
 
 QUIET = 0.1
@@ -56,6 +56,54 @@ class Round:
     others: float
 
 
+class Steps:
+    """Steps of an attack's first phase without what `optimise.run` does between them.
+
+    Attributes:
+      compiled: the program, of one step or of a chunk.
+      compile_s: seconds to trace and compile it.
+    """
+
+    def __init__(
+        self,
+        attack: Attack,
+        images: jax.Array,
+        loop: Literal["python", "scan"] | None = None,
+        chunk: int = 10,
+    ) -> None:
+        """Compile them.
+
+        Args:
+          attack: whose steps are taken.
+          images: initial, lying where the attack wants them; they stay as they are.
+          loop: one program a step, or a chunk; by default as `optimise.run` would.
+          chunk: steps of a scan.
+        """
+        phase = attack.phases[0]
+        self._data, self._key = attack.data, jax.random.key(0)
+        self._state = optimise.enter(phase, jnp.array(images, copy=True), 0)
+        self._chunk = chunk if (loop or backend.choices().loop) == "scan" else 1
+
+        def steps(key: jax.Array, state: optimise.State, data: Any) -> tuple[optimise.State, Any]:
+            if self._chunk == 1:
+                return phase.step(key, state, data)
+            return jax.lax.scan(lambda s, _: phase.step(key, s, data), state, length=self._chunk)
+
+        start = time.perf_counter()
+        lie = jax.tree.map(lambda leaf: leaf.sharding, self._state)
+        program = jax.jit(steps, donate_argnums=1, out_shardings=(lie, None))
+        self.compiled = program.lower(self._key, self._state, self._data).compile()
+        self.compile_s = time.perf_counter() - start
+
+    def run(self, steps: int) -> None:
+        """Take so many steps, a multiple of the chunk, and wait until they are done."""
+        infos = []
+        for _ in range(steps // self._chunk):
+            self._state, info = self.compiled(self._key, self._state, self._data)
+            infos.append(info)
+        jax.device_get(infos)
+
+
 def take_turns(
     attack: Attack,
     images: jax.Array,
@@ -63,43 +111,22 @@ def take_turns(
     repeats: int,
     steps: int,
 ) -> list[Round]:
-    """Rounds in which every side takes `steps` steps; stops after `repeats` quiet ones.
-
-    Ours runs in `optimise.run`, the peers in its callback, whose time `run` does not count.
-    """
+    """Rounds in which every side takes `steps` steps; stops after `repeats` quiet ones."""
+    ours = Steps(attack, images, chunk=steps)
+    sides: dict[str, Peer] = {"ours": ours, **peers}
+    for side in sides.values():
+        side.run(steps)  # warms up
     rounds: list[Round] = []
-    clock = optimise.Clock()
-    began: tuple[float, float, float] | None = None
-
-    def callback(chunk: optimise.Chunk) -> None:
-        nonlocal began
-        ours = clock.stepping
+    while len(quiet(rounds)) < repeats and len(rounds) < 3 * repeats:
+        began, before = time.perf_counter(), others_seconds()
         spent = {}
-        for name, peer in peers.items():
+        for name, side in sides.items():
             time.sleep(0.05)  # the other library's threads spin for a while after their work
             start = time.perf_counter()
-            peer.run(steps)
+            side.run(steps)
             spent[name] = (time.perf_counter() - start) / steps
-        if began is not None:  # the first round warms up
-            ours_before, time_before, others_before = began
-            others = (others_seconds() - others_before) / (time.perf_counter() - time_before)
-            rounds.append(Round((ours - ours_before) / steps, spent, others))
-        time.sleep(0.05)
-        began = ours, time.perf_counter(), others_seconds()
-
-    def enough() -> bool:
-        return len(quiet(rounds)) >= repeats
-
-    optimise.run(
-        attack.phases,
-        jax.random.key(0),
-        images,
-        attack.data,
-        callback=callback,
-        chunk=steps,
-        clock=clock,
-        should_stop=enough,
-    )
+        others = (others_seconds() - before) / (time.perf_counter() - began)
+        rounds.append(Round(spent.pop("ours"), spent, others))
     return best(rounds, repeats)
 
 
@@ -178,10 +205,8 @@ def _apart(value: float, expected: float) -> float:
 
 def step_mib(attack: Attack) -> float:
     """Memory that XLA plans for an attack's step beside its arguments, in MiB."""
-    key = jax.random.key(0)
-    state = optimise.enter(attack.phases[0], attack.initial(key), 0)
-    compiled = jax.jit(attack.phases[0].step).lower(key, state, attack.data).compile()
-    return compiled.memory_analysis().temp_size_in_bytes / 2**20
+    steps = Steps(attack, attack.initial(jax.random.key(0)), "python")
+    return steps.compiled.memory_analysis().temp_size_in_bytes / 2**20
 
 
 def row(case: str, peer: str, rounds: list[Round], **more: Any) -> dict[str, Any]:
@@ -214,6 +239,8 @@ def _quartiles(values: np.ndarray) -> list[float]:
 
 def machine() -> dict[str, Any]:
     """What the numbers depend on besides the code."""
+    import torch
+
     processor = platform.processor()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -267,6 +294,8 @@ def chosen(known: Sequence[Any], words: list[str] | None) -> list[Any]:
 
 def prepare() -> None:
     """Let PyTorch use what JAX uses."""
+    import torch
+
     if jax.default_backend() != "gpu":
         torch.set_num_threads(os.cpu_count() or 1)
         return
