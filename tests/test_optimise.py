@@ -219,6 +219,7 @@ def reference() -> tuple[State, Log]:
     return run(first, widened(second), loop="python", chunk=100)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("loop", "chunk"), [("python", 1), ("python", 4), ("scan", 4), ("scan", 1), ("scan", 100)]
 )
@@ -273,6 +274,7 @@ def test_phase_starts_from_the_best_images_of_the_one_before() -> None:
     np.testing.assert_array_equal(log.metric(), [3, 1, 2, 2, 7, 8, 6])
 
 
+@pytest.mark.gpu
 @LOOPS
 @pytest.mark.parametrize("cut", [1, 3, 4], ids=["first phase", "second phase", "phase's end"])
 def test_resumed_run_equals_uninterrupted_run(loop: str, cut: int) -> None:

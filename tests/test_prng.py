@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,20 @@ import numpy as np
 import pytest
 from jax import Array
 
+from jinv import backend
 from jinv.prng import written_out
 
 KEY = jax.random.key(2024)
 
 
+@pytest.fixture(autouse=True)
+def switched_on() -> Iterator[None]:
+    """Also on a GPU, which has no use for it."""
+    with backend.choose(threefry="written_out"):
+        yield
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "draw",
     [

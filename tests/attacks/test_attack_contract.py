@@ -66,7 +66,7 @@ def test_other_key_other_images(attack: Any, finished: State) -> None:
     assert difference.max() > 0.1 * np.asarray(attack.shown(finished.best_images)).std()
 
 
-@pytest.mark.parametrize("cut", [1, 2])
+@pytest.mark.parametrize("cut", [pytest.param(1, marks=pytest.mark.gpu), 2])
 def test_resumed_run_equals_uninterrupted_run(attack: Any, finished: State, cut: int) -> None:
     """Cut after so many chunks, whose states may be kept."""
     kept: list[tuple[int, State]] = []

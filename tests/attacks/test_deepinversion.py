@@ -305,6 +305,7 @@ def test_resnet18_loss_and_gradient_equal_torch(tmp_path: Any) -> None:
     agree(loss_and_gradient(attack, images), theirs)
 
 
+@pytest.mark.gpu
 def test_loss_and_gradient_equal_torch_rolled_and_flipped() -> None:
     """With what each key draws; both flips occur. Temperature, TV per image, non-square."""
     pytest.importorskip("torch")
@@ -424,6 +425,7 @@ def test_target_logit_loss_equals_torch() -> None:
     agree(loss_and_gradient(attack, images), theirs)
 
 
+@pytest.mark.gpu
 def test_images_follow_torch_for_two_phases() -> None:
     """Adam, warm-up, cosine, clipping, restart from the best images: 5 + 6 steps of both."""
     torch = pytest.importorskip("torch")

@@ -36,8 +36,11 @@ KINDS: dict[str, tuple[int, int, int]] = {
     "depthwise": (5, 5, 5),
 }
 """(groups, inputs, outputs)"""
-# Compiling takes all the time here.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+# Compiling takes all the time on CPU.
+ON_CPU = jax.config.jax_platforms == "cpu"
+quick_jit = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0} if ON_CPU else {}
+)
 
 Form = Callable[[Array, Array], Array]
 
@@ -123,7 +126,10 @@ def test_forms_and_their_gradients_equal_xla(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("kernel", "stride", "padding"), [(1, 2, 0), (3, 1, 1), (5, 2, "SAME")])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"),
+    [(1, 2, 0), (3, 1, 1), pytest.param(5, 2, "SAME", marks=pytest.mark.gpu)],
+)
 def test_gradients_of_gradients_equal_xla(
     wide: None, kernel: int, stride: int, padding: convolution.Padding, kind: str
 ) -> None:
@@ -215,6 +221,7 @@ def test_moments_equal_numpy_in_float64(shape: tuple[int, ...], mean_over_std: f
     np.testing.assert_allclose(moments.var, wide_x.var(axes), rtol=1e-4)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("off", [0, 0.5, 10])
 def test_moments_in_one_pass_round_relative_to_the_distance_from_the_running_mean(
     off: float,
@@ -242,6 +249,7 @@ def test_variance_of_a_constant_is_zero() -> None:
     np.testing.assert_allclose(moments.var, 0, atol=1e-6)
 
 
+@pytest.mark.gpu
 def test_gradient_of_moments_equals_plain_ones(wide: None) -> None:
     def plain(x: Array) -> tuple[Array, Array]:
         mean = x.mean((0, 1, 2))

@@ -48,7 +48,13 @@ LAYERS: dict[str, tuple[tuple[int, ...], Any]] = {
 
 
 @pytest.mark.parametrize("form", ["gram", "formed"])
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.gpu) if name in ("strided", "grouped") else name
+        for name in LAYERS
+    ],
+)
 def test_a_layer_is_matched_as_by_its_gradient(
     name: str, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

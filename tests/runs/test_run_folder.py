@@ -21,6 +21,7 @@ def folder(path: Path, config: dict[str, Any] | None = None, **how: Any) -> RunF
     return RunFolder(path, config or {"lr": 0.1, "run": {"chunk": 1}, "seeds": 1}, **settings)
 
 
+@pytest.mark.gpu
 def test_a_checkpoint_is_of_the_moment_it_was_saved(tmp_path: Path) -> None:
     """The next step takes over the state's buffers while it is written in the background."""
     advance = jax.jit(lambda state: {"x": state["x"] + 1}, donate_argnums=0)

@@ -22,6 +22,7 @@ def data() -> tuple[jax.Array, sampling.Sets]:
     return jnp.asarray(features, jnp.float32), sampling.balanced(labels, 1, 1, 40)
 
 
+@pytest.mark.gpu
 def test_a_shadow_is_the_same_in_any_company() -> None:
     features, sets = data()
     train = make_train(Config(lr=0.5))

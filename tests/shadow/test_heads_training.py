@@ -45,7 +45,7 @@ def difference(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"head": "linear"},
+        pytest.param({"head": "linear"}, marks=pytest.mark.gpu),
         BINARY,
         BINARY | {"hidden": 4, "pos_weight": 10.0},
     ],

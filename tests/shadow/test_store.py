@@ -31,6 +31,7 @@ def filled(folder: Path, seeds: tuple[int, ...] = (0, 2)) -> Store:
     return found
 
 
+@pytest.mark.gpu
 def test_a_store_gives_back_what_was_written(tmp_path: Path) -> None:
     filled(tmp_path)
     found = Store(tmp_path)
