@@ -213,23 +213,10 @@ def measure(case: Case, repeats: int) -> Iterator[dict[str, Any]]:
         print(f"{case}: opacus is left out: {torch_shadow.OPACUS}")
         return
     rounds = take_turns(ours, peers, repeats)
-    floor = 4 * 10 * (case.width + 1) / copy_bandwidth()
+    floor = 4 * 10 * (case.width + 1) / (timing.copy_rate() / 2)
     for name in peers:
         row = timing.row(str(case), name, rounds, weight_difference=differences[name])
         yield row | {"floor_s": floor, "floor_share": floor / row["ours_s"]}
-
-
-def copy_bandwidth() -> float:
-    """Bytes a second that this machine copies in memory, on all cores; best of several."""
-    values = jnp.zeros(2**26, jnp.float32)
-    copy = jax.jit(lambda x: x + 1)
-    jax.block_until_ready(copy(values))
-    best = np.inf
-    for _ in range(7):
-        start = time.perf_counter()
-        jax.block_until_ready(copy(values))
-        best = min(best, time.perf_counter() - start)
-    return values.nbytes / best
 
 
 def numbers(repeats: int) -> Iterator[dict[str, Any]]:

@@ -10,7 +10,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -57,7 +57,7 @@ class Round:
 
 
 class Steps:
-    """Steps of an attack's first phase without what `optimise.run` does between them.
+    """Steps of a phase of an attack without what `optimise.run` does between them.
 
     Attributes:
       compiled: the program, of one step or of a chunk.
@@ -70,6 +70,7 @@ class Steps:
         images: jax.Array,
         loop: Literal["python", "scan"] | None = None,
         chunk: int = 10,
+        phase: int = 0,
     ) -> None:
         """Compile them.
 
@@ -78,16 +79,17 @@ class Steps:
           images: initial, lying where the attack wants them; they stay as they are.
           loop: one program a step, or a chunk; by default as `optimise.run` would.
           chunk: steps of a scan.
+          phase: whose steps.
         """
-        phase = attack.phases[0]
+        step = attack.phases[phase].step
         self._data, self._key = attack.data, jax.random.key(0)
-        self._state = optimise.enter(phase, jnp.array(images, copy=True), 0)
+        self._state = optimise.enter(attack.phases[phase], jnp.array(images, copy=True), 0)
         self._chunk = chunk if (loop or backend.choices().loop) == "scan" else 1
 
         def steps(key: jax.Array, state: optimise.State, data: Any) -> tuple[optimise.State, Any]:
             if self._chunk == 1:
-                return phase.step(key, state, data)
-            return jax.lax.scan(lambda s, _: phase.step(key, s, data), state, length=self._chunk)
+                return step(key, state, data)
+            return jax.lax.scan(lambda s, _: step(key, s, data), state, length=self._chunk)
 
         start = time.perf_counter()
         lie = jax.tree.map(lambda leaf: leaf.sharding, self._state)
@@ -229,12 +231,77 @@ def row(case: str, peer: str, rounds: list[Round], **more: Any) -> dict[str, Any
     }
 
 
-def _median(values: np.ndarray) -> float:
+def _median(values: Sequence[float] | np.ndarray) -> float:
     return float(np.median(values))
 
 
-def _quartiles(values: np.ndarray) -> list[float]:
+def _quartiles(values: Sequence[float] | np.ndarray) -> list[float]:
     return [float(q) for q in np.quantile(values, (0.25, 0.75))]
+
+
+class Spread(NamedTuple):
+    """Milliseconds of a call over several rounds.
+
+    Attributes:
+      ms: median.
+      quartiles: lower and upper.
+    """
+
+    ms: float
+    quartiles: list[float]
+
+
+def alternate(
+    ways: Mapping[str, Callable[[], Any]], rounds: int = 7, seconds: float = 0.03
+) -> dict[str, Spread]:
+    """Time several ways in turns, after a round that warms up.
+
+    Args:
+      ways: name -> a call that starts work, and returns JAX's arrays or has waited itself.
+      rounds: of every way.
+      seconds: that a round takes at least; its calls are waited for at its end.
+    """
+    calls = {name: _enough(way, seconds) for name, way in ways.items()}
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            found[name].append(_seconds(way, calls[name]) * 1e3)
+    return {name: Spread(_median(each), _quartiles(each)) for name, each in found.items()}
+
+
+def _enough(way: Callable[[], Any], seconds: float) -> int:
+    """Calls that take so many seconds."""
+    jax.block_until_ready(way())
+    return max(1, round(seconds / min(_seconds(way, 1), _seconds(way, 1))))
+
+
+def _seconds(way: Callable[[], Any], calls: int) -> float:
+    """Seconds a call, of several that are waited for together."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        result = way()
+    jax.block_until_ready(result)
+    return (time.perf_counter() - start) / calls
+
+
+def copy_rate(mebibytes: int = 256) -> float:
+    """Bytes a second that the device reads and writes when it copies an array of this size."""
+    values = jnp.zeros(mebibytes * 2**18, jnp.float32)
+    copy = jax.jit(lambda x: x + 1)
+    return 2 * values.nbytes / _best(lambda: copy(values))
+
+
+def product_rate(dtype: str, side: int) -> float:
+    """Floating-point operations a second of a product of two square matrices of noise."""
+    a, b = jax.random.normal(jax.random.key(0), (2, side, side)).astype(dtype)
+    product = jax.jit(jnp.matmul)
+    return 2 * side**3 / _best(lambda: product(a, b))
+
+
+def _best(way: Callable[[], Any]) -> float:
+    """Seconds of a call when it is fastest."""
+    calls = _enough(way, 0.02)
+    return min(_seconds(way, calls) for _ in range(7))
 
 
 def machine() -> dict[str, Any]:
