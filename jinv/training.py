@@ -7,7 +7,9 @@ the loop.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -280,13 +282,33 @@ def with_statistics(
       ValueError: a layer sees one value a channel, which has no variance.
     """
     assert net.counts is not None
-    layers = zip(net.statistics, moments, net.counts(shape), strict=True)
-    for i, (paths, seen, n) in enumerate(layers):
-        if n < 2:
-            raise ValueError(f"BatchNorm cannot learn from one value a channel: images {shape}")
-        old = net.running_moments(variables)[i]  # one layer after the other: one may come twice
+    counts = net.counts(shape)
+    if min(counts, default=2) < 2:
+        raise ValueError(f"BatchNorm cannot learn from one value a channel: images {shape}")
+    return with_moments(variables, net.statistics, moments, counts, momentum)
+
+
+def with_moments(
+    variables: Variables,
+    statistics: Sequence[tuple[Path, Path]],
+    moments: Sequence[Moments],
+    counts: Sequence[int],
+    momentum: float,
+) -> Variables:
+    """Return the variables of any network after its BatchNorm layers saw a batch.
+
+    Args:
+      variables: before.
+      statistics: paths of every layer's running mean and variance.
+      moments: of the batch, biased variances, in the same order.
+      counts: n of every layer: how many values of a channel its moments are of, at least 2.
+      momentum: see `with_statistics`.
+    """
+    for paths, seen, n in zip(statistics, moments, counts, strict=True):
         new = Moments(seen.mean, seen.var * (n / (n - 1)))
-        for path, before, now in zip(paths, old, new, strict=True):
+        for path, now in zip(paths, new, strict=True):
+            # From the variables as they are now: one layer may come twice.
+            before: Any = functools.reduce(operator.getitem, path, variables)
             changed: Any = (1 - momentum) * before + momentum * now
             for key in reversed(path):
                 changed = {key: changed}
