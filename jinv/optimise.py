@@ -13,7 +13,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -350,7 +350,7 @@ class Attack(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """What `run` tells its callback after some steps.
+    """What a callback is told after some steps.
 
     Attributes:
       phase: index of the phase.
@@ -364,7 +364,7 @@ class Chunk:
     phase: int
     start: int
     metrics: dict[str, np.ndarray]
-    state: State
+    state: Any
     stopped: bool
     finite: bool = True
 
@@ -447,25 +447,23 @@ def run(
         raise ValueError("nothing to run: no phases")
     if loop not in get_args(Loop):
         raise ValueError(f"loop must be one of {', '.join(get_args(Loop))}, not {loop!r}")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"a chunk needs at least one step, not {chunk}")
-    if any(mark < 1 for mark in marks):
-        raise ValueError(f"marks are numbers of steps from 1 on, not {list(marks)}")
     clock = clock or Clock()
-    if loop == "auto":
-        loop = backend.choices().loop
-    first, state = (resume[0], _arrays(resume[1])) if resume is not None else (0, None)
+    first, state = 0, cast(Any, None)
+    if resume is not None:
+        first, state = resume[0], _arrays(resume[1])
     before = sum(phase.steps for phase in phases[:first])
-    looks = _Looks(callback, chunk, tuple(marks), clock, should_stop)
+    looks = Looks(callback, chunk, tuple(marks), clock, should_stop)
     for index in range(first, len(phases)):
         phase = phases[index]
         if state is None:
             _check_images(images)
             state = enter(phase, _arrays(images), before)
-        state, ended = _run_phase(phase, index, key, state, data, before, loop, looks)
+        before += phase.steps
+        state, ended = drive(
+            phase.step, key, state, lambda step: data, before, looks, loop=loop, phase=index
+        )
         if not ended:
             return state
-        before += phase.steps
         if index + 1 < len(phases):
             # A copy, which the next phase takes over: a callback may keep this state.
             images, state = jax.tree.map(jnp.copy, state.best_images), None
@@ -519,15 +517,25 @@ def _shardings(phase: Phase, images: Images) -> State:
 
 
 @dataclasses.dataclass
-class _Looks:
-    """When the host looks at the device, and what for; see `run`."""
+class Looks:
+    """When the host looks at the device, and what for; see `run`.
+
+    Raises:
+      ValueError: a chunk without steps, or marks that are no numbers of steps.
+    """
 
     callback: Callable[[Chunk], None]
-    chunk: int | None
-    marks: tuple[int, ...]
-    clock: Clock
-    should_stop: Callable[[], bool]
-    last: float = dataclasses.field(default_factory=lambda: time.perf_counter())
+    chunk: int | None = None
+    marks: tuple[int, ...] = ()
+    clock: Clock = dataclasses.field(default_factory=Clock)
+    should_stop: Callable[[], bool] = lambda: False
+
+    def __post_init__(self) -> None:
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"a chunk needs at least one step, not {self.chunk}")
+        if any(mark < 1 for mark in self.marks):
+            raise ValueError(f"marks are numbers of steps from 1 on, not {list(self.marks)}")
+        self.last = time.perf_counter()
 
     def due(self, steps: int, done: int, end: int) -> bool:
         """Return whether a chunk ends here.
@@ -561,7 +569,7 @@ class _Steps:
 
     start: int
     infos: list[Info]
-    state: State
+    state: Any
 
     def fetch(self) -> Info:
         """Return the infos of all steps as NumPy arrays, once they are there."""
@@ -569,22 +577,47 @@ class _Steps:
         return jax.tree.map(lambda *parts: np.concatenate([*map(np.atleast_1d, parts)]), *found)
 
 
-def _run_phase(
-    phase: Phase,
-    index: int,
+S = TypeVar("S", bound=Any)
+
+
+def drive(
+    step: Callable[[Array, S, Data], tuple[S, Info]],
     key: Array,
-    state: State,
-    data: Data,
-    before: int,
-    loop: Loop,
-    looks: _Looks,
-) -> tuple[State, bool]:
-    """Steps `state.step` .. end of the phase; False if `should_stop` cut it."""
-    clock, end, done = looks.clock, before + phase.steps, int(state.step)
+    state: S,
+    data: Callable[[int], Data],
+    end: int,
+    looks: Looks,
+    *,
+    loop: Loop = "auto",
+    phase: int = 0,
+) -> tuple[S, bool]:
+    """Take steps until there are `end` of them; the loop of every optimisation and training.
+
+    Args:
+      step: `(key, state, data) -> (state, info)`, pure; compiled once.
+      key: of all steps.
+      state: its `step` is the number of steps done; taken over.
+      data: number of a step -> what it is told; asked for in order, while the device works. In a
+        scan all steps are told what the first is.
+      end: number of steps.
+      looks: when to call back, and when to stop.
+      loop: see `run`.
+      phase: number that the callback is told.
+
+    Returns:
+      The state, and whether the steps were taken to the end, or to an early stop.
+
+    Raises:
+      NonFiniteError: after the callback has seen the chunk's finite steps.
+    """
+    clock, done = looks.clock, int(state.step)
     if done >= end:
         return state, True
+    if loop == "auto":
+        loop = backend.choices().loop
     length = looks.even(done, end) if loop == "scan" else 1
-    program = _program(phase.step, length, clock, key, state, data)
+    given = data(done)
+    program = _program(step, length, clock, key, state, given)
     # Several processes have to agree on a stop, which is too slow for every program.
     alone = jax.process_count() == 1
     start, infos, stop = done, [], False
@@ -596,9 +629,10 @@ def _run_phase(
             if told is not None:
                 # The next program takes over the memory of this state.
                 told.state = jax.tree.map(jnp.copy, told.state)
-            state, info = program(key, state, data)
+            state, info = program(key, state, given)
             done += length
             infos.append(info)
+            given = data(done) if done < end else None
         if told is not None:
             metrics, stopped, blame = _read(told)
             now = time.perf_counter()
@@ -608,10 +642,10 @@ def _run_phase(
             if blame is not None:
                 finite = {name: series[: blame[0]] for name, series in metrics.items()}
                 looks.callback(
-                    Chunk(index, told.start, finite, told.state, stopped=False, finite=False)
+                    Chunk(phase, told.start, finite, told.state, stopped=False, finite=False)
                 )
                 raise NonFiniteError(blame[1], told.start + blame[0])
-            looks.callback(Chunk(index, told.start, metrics, told.state, stopped))
+            looks.callback(Chunk(phase, told.start, metrics, told.state, stopped))
             if not ahead or info.loss.is_ready():
                 since = time.perf_counter()  # it waited for the callback
             told = None
@@ -648,10 +682,10 @@ def _first_non_finite(metrics: Mapping[str, np.ndarray]) -> tuple[int, str] | No
     return step, next(terms, "loss")
 
 
-def _scan(step: Step, length: int) -> Step:
+def _scan(step: Callable, length: int) -> Callable:
     """So many steps as one, with their infos one after the other."""
 
-    def steps(key: Array, state: State, data: Data) -> tuple[State, Info]:
+    def steps(key: Array, state: Any, data: Data) -> tuple[Any, Info]:
         return lax.scan(lambda s, _: step(key, s, data), state, length=length)
 
     return steps
@@ -660,10 +694,10 @@ def _scan(step: Step, length: int) -> Step:
 _ARITHMETIC = ("jax_enable_x64", "jax_default_matmul_precision")
 
 # A program lives as long as the step that it is compiled from, and so as the attack.
-_PROGRAMS: weakref.WeakKeyDictionary[Step, dict[Any, Callable]] = weakref.WeakKeyDictionary()
+_PROGRAMS: weakref.WeakKeyDictionary[Callable, dict[Any, Callable]] = weakref.WeakKeyDictionary()
 
 
-def _program(step: Step, length: int, clock: Clock, *args: Any) -> Any:
+def _program(step: Callable, length: int, clock: Clock, *args: Any) -> Any:
     """`compile_step` of so many steps, or what it gave for arguments like these."""
     known = _PROGRAMS.setdefault(step, {})
     leaves, structure = jax.tree.flatten(args)

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import itertools
 import operator
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -45,8 +44,6 @@ from jinv.net import (
 )
 from jinv.objective.terms import cross_entropy
 
-CHUNK = 10
-"""Steps between two looks of the host at the device."""
 _BATCH = PartitionSpec(parallel.BATCH)
 
 Learns = Literal["all", "head", "all_but_batch_norm"]
@@ -120,20 +117,16 @@ class State(NamedTuple):
     step: Array
 
 
-class Info(NamedTuple):
-    """What a person reads of one step: of its batch, before the update.
+Examples = tuple[Array, Array]
+"""Bytes (B, H, W, 1 or C), and labels (B,) or attributes (B, K)."""
 
-    Attributes:
-      loss: mean cross-entropy; of attributes, over these too.
-      accuracy: share of the batch that is given its class; of attributes, share that is right.
-    """
+Step = Callable[[Array, State, Examples], tuple[State, optimise.Info]]
+"""(key, state, examples) -> (state, info).
 
-    loss: Array
-    accuracy: Array
-
-
-Step = Callable[[Array, State, Array, Array], tuple[State, Info]]
-"""(key, state, bytes (B, H, W, 1 or C), labels (B,) or attributes (B, K)) -> (state, info)."""
+The info tells of the batch before the update: `loss`, the mean cross-entropy (of attributes, over
+these too), and the term "accuracy", the share of the batch that is given its class (of attributes,
+the share that is right).
+"""
 
 
 def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
@@ -199,7 +192,8 @@ def make_step(net: Net, config: Config, optimizer: optax.GradientTransformation)
     frozen = config.learns != "all"
     forward = net.mode(training=not frozen)
 
-    def step(key: Array, state: State, images: Array, labels: Array) -> tuple[State, Info]:
+    def step(key: Array, state: State, examples: Examples) -> tuple[State, optimise.Info]:
+        images, labels = examples
         before = learned(net, state.variables, config.learns)
         images = augment(jax.random.fold_in(key, state.step), images, config)
         seen = normalised(net, images, jnp.result_type(*jax.tree.leaves(before)))
@@ -216,8 +210,9 @@ def make_step(net: Net, config: Config, optimizer: optax.GradientTransformation)
             variables = with_statistics(
                 net, variables, outputs.moments, seen.shape, config.statistics_momentum
             )
-        accuracy = _right(outputs.logits, labels).mean()
-        return State(variables, optimizer_state, state.step + 1), Info(value, accuracy)
+        terms = {"accuracy": _right(outputs.logits, labels).mean()}
+        info = optimise.Info(value, terms, jnp.zeros((), bool))
+        return State(variables, optimizer_state, state.step + 1), info
 
     return step
 
@@ -359,13 +354,6 @@ def batch_mesh(batch: int) -> Mesh:
     return parallel.mesh(parallel.BATCH, chosen)
 
 
-Callback = Callable[[int, Mapping[str, np.ndarray], State | None], None]
-"""(number of the first step told here, {"loss", "accuracy"} -> (n,) values, state after them).
-
-There is no state after a loss that is not finite.
-"""
-
-
 def run(
     net: Net,
     config: Config,
@@ -374,7 +362,7 @@ def run(
     *,
     mesh: Mesh,
     state: State | None = None,
-    callback: Callback = lambda start, metrics, state: None,
+    callback: Callable[[optimise.Chunk], None] = lambda chunk: None,
     should_stop: Callable[[], bool] = lambda: False,
     clock: optimise.Clock | None = None,
 ) -> State:
@@ -387,49 +375,30 @@ def run(
       dataset: images, gray or of the network's channels; brought to its size on the device.
       mesh: of the devices that share a batch, see `batch_mesh`.
       state: to go on from; taken over. See `abstract_state`.
-      callback: called at least once an epoch, and every `CHUNK` steps. The state can be read until
-        the next step.
-      should_stop: asked after every callback; once it is true, `run` returns.
+      callback: called after every epoch, and about once a second, see `optimise.run`.
+      should_stop: asked after every step, of several processes before a callback; once it is true,
+        `run` calls back a last time and returns.
       clock: told where the time went.
 
     Raises:
       optimise.NonFiniteError: after the callback has seen the finite steps.
     """
-    clock = clock or optimise.Clock()
     per_epoch = len(dataset) // config.batch
-    optimizer = make_optimizer(config, config.epochs * per_epoch)
+    end = config.epochs * per_epoch
+    optimizer = make_optimizer(config, end)
     if state is None:
         state = parallel.put(mesh, PartitionSpec(), init(net, optimizer, config.learns))
     order_key, step_key = jax.random.split(key)
-    done = int(parallel.fetch(state.step))
-    order = batches(order_key, len(dataset), config.batch, done)
-    if done < config.epochs * per_epoch:
-        step = make_step(net, config, optimizer)
-        spread = NamedSharding(mesh, _BATCH)
-        examples = (
-            jax.ShapeDtypeStruct((config.batch, *array.shape[1:]), array.dtype, sharding=spread)
-            for array in (dataset.images, dataset.labels)
-        )
-        compiled = optimise.compile_step(step, clock, step_key, state, *examples)
-    while done < config.epochs * per_epoch:
-        began = time.perf_counter()
-        infos = []
-        for chosen in itertools.islice(order, min(CHUNK, per_epoch - done % per_epoch)):
-            examples = parallel.put(mesh, _BATCH, (dataset.images[chosen], dataset.labels[chosen]))
-            state, info = compiled(step_key, state, *examples)
-            infos.append(info)
-        stacked = jax.tree.map(lambda *values: np.stack(values), *jax.device_get(infos))
-        clock.stepping += time.perf_counter() - began
-        clock.steps += len(infos)
-        finite = int(np.cumprod(np.isfinite(stacked.loss)).sum())
-        metrics = {name: values[:finite] for name, values in stacked._asdict().items()}
-        callback(done, metrics, state if finite == len(infos) else None)
-        if finite < len(infos):
-            raise optimise.NonFiniteError("loss", done + finite)
-        done += len(infos)
-        if should_stop():
-            break
-    return state
+    order = batches(order_key, len(dataset), config.batch, int(parallel.fetch(state.step)))
+
+    def examples(step: int) -> Examples:
+        chosen = next(order)
+        return parallel.put(mesh, _BATCH, (dataset.images[chosen], dataset.labels[chosen]))
+
+    looks = optimise.Looks(callback, None, (per_epoch,), clock or optimise.Clock(), should_stop)
+    step = make_step(net, config, optimizer)
+    # One by one: every step has a batch of its own.
+    return optimise.drive(step, step_key, state, examples, end, looks, loop="python")[0]
 
 
 def abstract_state(net: Net, config: Config, mesh: Mesh) -> State:

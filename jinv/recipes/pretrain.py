@@ -32,7 +32,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 import weights_convert
-from jinv import checks, data, files, image, models, parallel, training
+from jinv import checks, data, files, image, models, optimise, parallel, training
 from jinv.checks import Count, File, Seed
 from jinv.files import sha256, write_atomic
 from jinv.image import Preprocessing
@@ -269,23 +269,21 @@ class _Look:
         batch = self._phase.config.batch
         self._accuracy = training.make_accuracy(work.net, self._phase.mesh, batch)
 
-    def __call__(
-        self, start: int, metrics: Mapping[str, np.ndarray], state: training.State | None
-    ) -> None:
-        folder, phase = self._folder, self._phase
-        done = phase.first + start
+    def __call__(self, chunk: optimise.Chunk) -> None:
+        folder, phase, metrics = self._folder, self._phase, chunk.metrics
+        done = phase.first + chunk.start
         self._bar.update(self._index, done, metrics)
         for loss, share in zip(metrics["loss"], metrics["accuracy"], strict=True):
             folder.metrics.add(step=done, loss=float(loss), accuracy=float(share))
             done += 1
-        if state is None:
+        if not chunk.finite:
             return
         if (done - phase.first) % phase.per_epoch == 0:
-            found = {"test_accuracy": self._accuracy(state.variables, self._test)}
+            found = {"test_accuracy": self._accuracy(chunk.state.variables, self._test)}
             folder.scores.add(step=done, **found)
             self._bar.say(done, found)
         if folder.due(CHECKPOINT_SECONDS):
-            folder.save(self._manager, done, state, phase=self._index)
+            folder.save(self._manager, done, chunk.state, phase=self._index)
 
 
 def _keys(config: Config) -> tuple[Array, Array]:

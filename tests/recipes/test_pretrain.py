@@ -24,7 +24,7 @@ from PIL import Image
 
 import weights_convert
 from conftest import CACHE, ROOT
-from jinv import data, image, models, training
+from jinv import data, image, models
 from jinv.data import Dataset
 from jinv.models import registry, resnet_cifar
 from jinv.recipes import pretrain
@@ -191,22 +191,21 @@ def test_a_finished_run_is_not_replaced_silently(
     assert (finished / "weights.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize("asked", [1, 3, 7])
+@pytest.mark.parametrize("asked", [2, 6, 13])
 def test_stopped_and_resumed_equals_uninterrupted(
     tmp_path: Path, recipe: Path, finished: Path, asked: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A signal in the first epoch, at the end of it, in the second; the very same weights."""
-    monkeypatch.setattr(training, "CHUNK", 2)
+    """A signal in the first epoch, at the end of it, in the third; the very same weights."""
     out, answers = tmp_path / "out", []
 
     def heard(self: signals.Signals) -> bool:
         answers.append(True)
-        return len(answers) >= asked
+        return len(answers) >= asked  # after every step
 
     with monkeypatch.context() as patch:
         patch.setattr(signals.Signals, "__call__", heard)
         assert run("--config", recipe, "--out", out) == 143
-    assert (out / "checkpoints" / str(2 * asked)).is_dir()
+    assert (out / "checkpoints" / str(asked)).is_dir()
     assert not (out / "summary.json").exists()
     assert run("--config", recipe, "--out", out) == 2
     assert run("--config", recipe, "--out", out, "--resume", "--seed", 1) == 2
@@ -392,7 +391,7 @@ def test_a_file_of_any_number_of_classes(other: Path, finished: Path) -> None:
     assert prepared.train.images.shape[1:] == (8, 8, 1)
 
 
-@pytest.mark.parametrize(("asked", "step"), [(2, 4), (3, 5), (6, 10), (7, 10), (8, 12)])
+@pytest.mark.parametrize(("asked", "step"), [(4, 4), (5, 5), (10, 10), (12, 10), (13, 11)])
 def test_transfer_stopped_and_resumed_equals_uninterrupted(
     tmp_path: Path,
     other: Path,
@@ -403,7 +402,6 @@ def test_transfer_stopped_and_resumed_equals_uninterrupted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In the head's training, at the end of an epoch and of the phase, between, in the next."""
-    monkeypatch.setattr(training, "CHUNK", 2)
     out, told, path = tmp_path / "out", [], transfer(other, finished)
 
     def heard(self: signals.Signals) -> bool:
