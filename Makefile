@@ -7,7 +7,7 @@ INSTALLED_DEV := $(VENV)/.installed-dev
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
 
-.PHONY: demo data test test-all bench lint wheel install install-dev clean
+.PHONY: demo data test test-all bench gpu-check lint wheel install install-dev clean
 
 demo: $(INSTALLED)  ## Invert a real pretrained network; pictures and a report in out/demo.
 	$(BIN)/jinv invert --config demo --out out/demo --overwrite
@@ -47,6 +47,12 @@ bench: $(INSTALLED_DEV)  ## Time our steps against PyTorch's.
 	$(BIN)/python scripts/benchmark.py ensemble --out out/benchmark_ensemble.json
 	$(BIN)/python scripts/benchmark.py gradients --out out/benchmark_gradients.json
 	$(BIN)/python scripts/benchmark.py shadow --out out/benchmark_shadow.json
+
+# Needs no .venv, which a machine with a GPU may not be able to make: PYTHON=... counts most.
+GPU_PYTHON = $(if $(filter command environment,$(origin PYTHON)),$(PYTHON),$(or $(wildcard $(BIN)/python),$(PYTHON)))
+
+gpu-check:  ## All checks that need a GPU, in under eight minutes; JSON and table in out/gpu.
+	$(GPU_PYTHON) scripts/gpu_check.py --out out/gpu
 
 lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check .

@@ -139,10 +139,13 @@ def environment(part: str, out: Path) -> dict[str, str]:
     usual = {
         "JAX_PLATFORMS": "cuda,cpu",
         "JAX_COMPILATION_CACHE_DIR": str(out / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     }
-    own = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+    own = {
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "PYTHONUNBUFFERED": "1",
+    }
     return usual | dict(os.environ) | own | ({"XLA_FLAGS": flags} if flags else {})
 
 

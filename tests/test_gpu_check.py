@@ -29,6 +29,7 @@ from gpu import hlo, kernels, switches
 QUICK = {
     "JAX_PLATFORMS": "cpu",
     "JAX_COMPILATION_CACHE_DIR": str(CACHE),
+    "OMP_NUM_THREADS": "1",  # PyTorch's threads would wait for those of other tests
     "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiling takes all the time
 }
 

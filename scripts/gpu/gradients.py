@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -56,6 +57,7 @@ def run(given: Given) -> None:
         )
 
 
+@functools.cache
 def attack(case: Case, formed: bool = False) -> gradient_inversion.Attack:
     """GradInversion without a group, on the gradient of noise.
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jinv.models import layers
@@ -55,8 +56,9 @@ class Layer:
         )
 
     def noise(self, *shape: int) -> Array:
-        """Normal numbers in the layer's dtype."""
-        return jax.random.normal(jax.random.key(len(shape)), shape).astype(self.dtype)
+        """Normal numbers in the layer's dtype, some often; nothing is compiled for them."""
+        some = np.random.default_rng(0).standard_normal(2**20).astype(jnp.dtype(self.dtype))
+        return jnp.asarray(np.resize(some, shape))
 
     def convolution(self, weight: Array, x: Array) -> Array:
         """As the zoo has it."""
