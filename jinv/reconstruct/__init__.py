@@ -1,0 +1,1 @@
+"""From a head's weights back to its training images, and how well that works."""
