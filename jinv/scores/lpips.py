@@ -53,6 +53,38 @@ def load(vgg16_weights: str | Path | None, heads: str | Path | None = None) -> D
       FileNotFoundError: LPIPS is not available; the message says what is missing.
       ValueError: a file is damaged or of something else.
     """
+    variables, apply = differentiable(vgg16_weights, heads)
+
+    @jax.jit
+    def compiled(variables: Any, found: Array, truth: Array) -> Array:
+        with jax.default_matmul_precision("highest"):
+            return apply(variables, found, truth)
+
+    def lpips(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
+        similarity.check_pairs(found, truth)
+        height, width, channels = found.shape[1:]
+        if min(height, width) < SMALLEST or channels not in (1, 3):
+            raise ValueError(
+                f"LPIPS needs images of at least {SMALLEST} x {SMALLEST} pixels and 1 or 3 "
+                f"channels, not {height} x {width} x {channels}"
+            )
+        parts = [slice(i, i + IMAGES_AT_ONCE) for i in range(0, len(found), IMAGES_AT_ONCE)]
+        values = [jax.device_get(compiled(variables, found[i], truth[i])) for i in parts]
+        return np.concatenate(values)
+
+    return lpips
+
+
+def differentiable(
+    vgg16_weights: str | Path | None, heads: str | Path | None = None
+) -> tuple[Any, Callable[[Any, Array, Array], Array]]:
+    """LPIPS as variables on the device and a pure `(variables, found, truth) -> (B,)`.
+
+    It is `distance` with VGG16's activations, for losses. Files and errors are those of `load`.
+
+    Raises:
+      FileNotFoundError: LPIPS is not available; the message says what is missing.
+    """
     if vgg16_weights is None:
         raise FileNotFoundError(f"LPIPS needs torchvision's {VGG16}: give its path")
     path = files.path(vgg16_weights)
@@ -70,25 +102,11 @@ def load(vgg16_weights: str | Path | None, heads: str | Path | None = None) -> D
         }
     )
 
-    @jax.jit
-    def compiled(variables: Any, found: Array, truth: Array) -> Array:
+    def apply(variables: Any, found: Array, truth: Array) -> Array:
         network: vgg.VGG = nnx.merge(graphdef, variables["network"])
-        with jax.default_matmul_precision("highest"):
-            return distance(network.stages, variables["heads"], found, truth)
+        return distance(network.stages, variables["heads"], found, truth)
 
-    def lpips(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
-        similarity.check_pairs(found, truth)
-        height, width, channels = found.shape[1:]
-        if min(height, width) < SMALLEST or channels not in (1, 3):
-            raise ValueError(
-                f"LPIPS needs images of at least {SMALLEST} x {SMALLEST} pixels and 1 or 3 "
-                f"channels, not {height} x {width} x {channels}"
-            )
-        parts = [slice(i, i + IMAGES_AT_ONCE) for i in range(0, len(found), IMAGES_AT_ONCE)]
-        values = [jax.device_get(compiled(variables, found[i], truth[i])) for i in parts]
-        return np.concatenate(values)
-
-    return lpips
+    return variables, apply
 
 
 def distance(
@@ -99,6 +117,8 @@ def distance(
 ) -> Array:
     """LPIPS (B,) of pixels (B, H, W, 1 or 3); differentiable, also where the two are equal.
 
+    With K B images of truth each of `found` has K of them, one after the other: (K B,).
+
     Args:
       stages: normalised images (N, H, W, 3) -> activations (N, h_l, w_l, C_l).
       heads: w_l (C_l,).
@@ -106,10 +126,11 @@ def distance(
       truth: pixels in [0, 1].
     """
     pixels = jnp.concatenate([found, truth]).astype(jnp.float32)
-    total = jnp.zeros(len(found))
+    total = jnp.zeros(len(truth))
     for activation, head in zip(stages((2 * pixels - 1 - _SHIFT) / _SCALE), heads, strict=True):
         unit = activation / (priors.norm(activation, axis=-1)[..., None] + 1e-10)
-        ours, theirs = jnp.split(unit, 2)
+        ours, theirs = jnp.split(unit, [len(found)])
+        ours = jnp.repeat(ours, len(truth) // len(found), 0)
         total = total + (jnp.square(ours - theirs) * head).sum(-1).mean((1, 2))
     return total
 
