@@ -12,11 +12,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 from conftest import CACHE, ROOT
 from jinv import backend
+from jinv.recipes import invert
+from jinv.runs import config as configs
 
 pytest.importorskip("torch")
 pytest.importorskip("torchvision")
@@ -24,7 +27,8 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import gpu_check  # found through the path above
 from benchmarks import timing
-from gpu import hlo, kernels, switches
+from gpu import command, hlo, kernels, layout, strided, switches
+from gpu.layers import Layer
 
 QUICK = {
     "JAX_PLATFORMS": "cpu",
@@ -147,6 +151,34 @@ def test_a_switch_changes_only_for_a_clear_gain(
     found = switches.row("remat", "case", "float32", "False", {"False": now, "True": other})
     assert found["verdict"] == verdict
     assert switches.row("dtype", "case", "all", None, {"a": now, "b": other})["verdict"] is None
+
+
+LAYERS = {*sum(switches.LAYERS.values(), ()), *strided.LAYERS, *layout.LAYERS}
+
+
+@pytest.mark.parametrize(
+    "layer", sorted(LAYERS, key=str), ids=lambda layer: f"{layer} {layer.dtype}"
+)
+def test_layers_in_full_size_fit_together(layer: Layer) -> None:
+    """Which `--tiny` does not see."""
+
+    def shape(*lengths: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(lengths, layer.dtype)
+
+    kernel, side = max(layer.kernel, 1), -(-layer.size // layer.stride)
+    weight = shape(kernel, kernel, layer.inputs // layer.groups, layer.outputs)
+    out = shape(layer.batch, side, side, layer.outputs)
+    images = shape(layer.batch, layer.size, layer.size, layer.inputs)
+    found, mean, var = jax.eval_shape(layer, weight, out, images)
+    assert found == out
+    assert mean.shape == var.shape == (layer.outputs,)
+
+
+@pytest.mark.parametrize("network", ["mobilenet_v2", "resnet50"])
+def test_the_command_is_given_a_config_it_takes(network: str) -> None:
+    config = configs.build(invert.Config, command.settings(network, tiny=False))
+    assert (config.images, config.size) == (84, 224)
+    assert [phase.steps for phase in config.attack.phases] == [400, 200]
 
 
 # What XLA writes for an H100, shortened.
