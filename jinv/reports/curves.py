@@ -13,6 +13,9 @@ import numpy as np
 # Each colour with its stand-in on a dark page.
 INK, MUTED, RULE, CURVE = "#23262b", "#686e78", "#d9dbdf", "#2b6a99"
 DARK = {INK: "#e4e5e8", MUTED: "#9aa0aa", RULE: "#3b3f46", CURVE: "#82b7e0"}
+SERIES = {CURVE: DARK[CURVE], "#b4581a": "#f0a46c", "#3d7d45": "#8acb90", "#7b52a6": "#c5a6ea"}
+"""Colours of curves that share a panel."""
+DARK |= SERIES
 FONTS = "-apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Noto Sans', Arial, sans-serif"
 
 
@@ -37,7 +40,7 @@ def plot(
     Raises:
       ValueError: a metric has more or fewer values than there are steps.
     """
-    matplotlib = _matplotlib()
+    matplotlib = load_matplotlib()
     for name, values in metrics.items():
         if len(values) != len(steps):
             raise ValueError(f"{name!r} has {len(values)} values for {len(steps)} steps")
@@ -45,7 +48,7 @@ def plot(
     columns = max(1, min(count, 2 if count == 4 else 3))
     rows = max(1, math.ceil(count / columns))
     width, height = (11.0, 2.0) if columns == 3 else (5.5 * columns, 2.5)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = matplotlib.figure.Figure((width, rows * height + 0.35 * bool(title)))
         figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.08, wspace=0.08)
         if title:
@@ -59,7 +62,7 @@ def plot(
             axes[0].text(0.5, 0.5, "no curves recorded", color=MUTED, ha="center")
         for axis, (name, values) in zip(axes, metrics.items(), strict=False):
             _panel(axis, name, np.asarray(steps, float), np.asarray(values, float), boundaries)
-        return _svg(figure)
+        return svg(figure)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +84,9 @@ class Series:
 
 def plot_series(series: Sequence[Sequence[Series]]) -> bytes:
     """Draw rows of panels, mean and every single value of each point, as adaptive SVG."""
-    matplotlib = _matplotlib()
+    matplotlib = load_matplotlib()
     rows, columns = len(series), max(map(len, series))
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = matplotlib.figure.Figure((3.2 * columns, 2.0 * rows))
         figure.set_layout_engine("constrained", w_pad=0.05, h_pad=0.08)
         axes = figure.subplots(rows, columns, squeeze=False)
@@ -92,12 +95,12 @@ def plot_series(series: Sequence[Sequence[Series]]) -> bytes:
                 axis.set_axis_off()
             for axis, one in zip(line, drawn, strict=False):
                 _draw_series(axis, one)
-        return _svg(figure)
+        return svg(figure)
 
 
 def _draw_series(axis: Any, series: Series) -> None:
     numbers = sorted(series.points)
-    _frame(axis, series.name)
+    frame(axis, series.name)
     axis.set_xlabel(series.against, color=MUTED)
     if series.reference:
         axis.axhline(np.mean(series.reference), color=MUTED, linewidth=0.8, dashes=(3, 3))
@@ -111,15 +114,17 @@ def _draw_series(axis: Any, series: Series) -> None:
     axis.minorticks_off()
 
 
-_STYLE: Any = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "jinv",
     "font.family": "DejaVu Sans",
     "font.size": 8.5,
 }
+"""Of figures, for `matplotlib.rc_context`."""
 
 
-def _matplotlib() -> Any:
+def load_matplotlib() -> Any:
+    """Return matplotlib; ImportError with what to do if it is missing."""
     try:
         import matplotlib
         import matplotlib.figure
@@ -128,14 +133,16 @@ def _matplotlib() -> Any:
     return matplotlib
 
 
-def _svg(figure: Any) -> bytes:
+def svg(figure: Any) -> bytes:
+    """Return a figure as SVG that follows the reader's light or dark mode."""
     buffer = io.BytesIO()
     empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(buffer, format="svg", transparent=True, metadata=empty)
     return _adaptive(buffer.getvalue())
 
 
-def _frame(axis: Any, title: str) -> None:
+def frame(axis: Any, title: str) -> None:
+    """Give an axis the look of all panels, and a title."""
     axis.set_title(title, loc="left", color=INK, parse_math=False, fontsize=9.5, weight="bold")
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.spines["bottom"].set_color(RULE)
@@ -150,7 +157,7 @@ def _panel(
     """Draw one curve with its name, its last value and the phases."""
     finite = np.isfinite(values)
     known = values[finite]
-    _frame(axis, name)
+    frame(axis, name)
     for boundary in boundaries:
         axis.axvline(boundary, color=MUTED, linewidth=0.8, dashes=(3, 3))
     axis.locator_params(axis="x", nbins=5, integer=True)
