@@ -356,7 +356,7 @@ class Chunk:
       phase: index of the phase.
       start: number of the first step told here, over all phases.
       metrics: "loss" and every term -> (n,) values of the n steps.
-      state: after those steps; the callback may keep it.
+      state: after those steps, and the callback may keep it; None where it was not wanted.
       stopped: early stopping has ended the phase.
       finite: the loss was finite at every step up to the state.
     """
@@ -409,6 +409,7 @@ def run(
     resume: tuple[int, State] | None = None,
     clock: Clock | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    wanted: Callable[[int], bool] = lambda done: True,
 ) -> State:
     """Run the phases one after the other; returns the last phase's state.
 
@@ -433,6 +434,8 @@ def run(
       clock: told where the time went.
       should_stop: asked between programs, of several processes between chunks; once it is true the
         loop calls back a last time and returns.
+      wanted: number of steps at a chunk's end -> whether the callback reads the state there. While
+        the next steps run it takes a copy.
 
     Raises:
       NonFiniteError: after the callback has seen the chunk's finite steps.
@@ -452,7 +455,7 @@ def run(
     if resume is not None:
         first, state = resume[0], _arrays(resume[1])
     before = sum(phase.steps for phase in phases[:first])
-    looks = Looks(callback, chunk, tuple(marks), clock, should_stop)
+    looks = Looks(callback, chunk, tuple(marks), clock, should_stop, wanted)
     for index in range(first, len(phases)):
         phase = phases[index]
         if state is None:
@@ -529,6 +532,7 @@ class Looks:
     marks: tuple[int, ...] = ()
     clock: Clock = dataclasses.field(default_factory=Clock)
     should_stop: Callable[[], bool] = lambda: False
+    wanted: Callable[[int], bool] = lambda done: True
 
     def __post_init__(self) -> None:
         if self.chunk is not None and self.chunk < 1:
@@ -565,11 +569,13 @@ class _Steps:
       start: number of its first step, over all phases.
       infos: of its programs.
       state: after it.
+      wanted: whether the callback reads it.
     """
 
     start: int
     infos: list[Info]
     state: Any
+    wanted: bool
 
     def fetch(self) -> Info:
         """Return the infos of all steps as NumPy arrays, once they are there."""
@@ -628,7 +634,7 @@ def drive(
         if ahead:
             if told is not None:
                 # The next program takes over the memory of this state.
-                told.state = jax.tree.map(jnp.copy, told.state)
+                told.state = jax.tree.map(jnp.copy, told.state) if told.wanted else None
             state, info = program(key, state, given)
             done += length
             infos.append(info)
@@ -639,6 +645,9 @@ def drive(
             clock.stepping += now - since
             clock.steps += len(metrics["loss"])
             since = now
+            if told.state is None and (stopped or blame is not None):
+                # An early stop has left it as it was, and what is not finite the best images.
+                told.state = state
             if blame is not None:
                 finite = {name: series[: blame[0]] for name, series in metrics.items()}
                 looks.callback(
@@ -659,7 +668,7 @@ def drive(
         if alone or due:
             stop = looks.should_stop()
         if due or stop:
-            told, start, infos = _Steps(start, infos, state), done, []
+            told, start, infos = _Steps(start, infos, state, looks.wanted(done)), done, []
             looks.last = time.perf_counter()
 
 

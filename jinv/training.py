@@ -364,6 +364,7 @@ def run(
     state: State | None = None,
     callback: Callable[[optimise.Chunk], None] = lambda chunk: None,
     should_stop: Callable[[], bool] = lambda: False,
+    wanted: Callable[[int], bool] = lambda done: True,
     clock: optimise.Clock | None = None,
 ) -> State:
     """Train; returns the last state. The result does not depend on where a run was cut.
@@ -378,6 +379,7 @@ def run(
       callback: called after every epoch, and about once a second, see `optimise.run`.
       should_stop: asked after every step, of several processes before a callback; once it is true,
         `run` calls back a last time and returns.
+      wanted: see `optimise.run`.
       clock: told where the time went.
 
     Raises:
@@ -395,7 +397,9 @@ def run(
         chosen = next(order)
         return parallel.put(mesh, _BATCH, (dataset.images[chosen], dataset.labels[chosen]))
 
-    looks = optimise.Looks(callback, None, (per_epoch,), clock or optimise.Clock(), should_stop)
+    looks = optimise.Looks(
+        callback, None, (per_epoch,), clock or optimise.Clock(), should_stop, wanted
+    )
     step = make_step(net, config, optimizer)
     # One by one: every step has a batch of its own.
     return optimise.drive(step, step_key, state, examples, end, looks, loop="python")[0]

@@ -455,6 +455,27 @@ def test_states_of_chunks_may_be_kept(loop: str) -> None:
 
 
 @LOOPS
+def test_states_are_given_where_they_are_wanted(loop: str) -> None:
+    """And at every end: of the run, by an early stop, by a loss that is not finite."""
+    told: list[Chunk] = []
+
+    def told_of(phase: Phase, **settings: Any) -> list[int]:
+        told.clear()
+        settings = {"chunk": 2, "loop": loop, "wanted": lambda done: done == 4} | settings
+        optimise.run((phase,), KEY, jnp.zeros(PIXEL), None, callback=told.append, **settings)
+        return [int(chunk.state.step) for chunk in told if chunk.state is not None]
+
+    assert told_of(scripted([5, 4, 3, 2, 1, 0, 0, 0])) == [4, 8]
+    assert len(told) == 4
+    assert told_of(scripted(SLOW, early_stop=EarlyStop(4)), wanted=lambda done: False) == [8]
+    assert pixel(told[-1].state.best_images) == np.argmin(SLOW[:8])
+    with pytest.raises(NonFiniteError):
+        told_of(scripted([3, 2, NAN, 1, 1, 1]), wanted=lambda done: False)
+    assert not told[-1].finite
+    assert np.isfinite(told[-1].state.best_loss)
+
+
+@LOOPS
 def test_the_device_is_at_work_during_callbacks(loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next program is handed over before a callback, and waited for after it."""
     order: list[str] = []

@@ -196,6 +196,7 @@ class Pretraining(command.Loaded):
                         state=state,
                         callback=look,
                         should_stop=stopping,
+                        wanted=look.wanted,
                         clock=folder.clock,
                     )
                     done = phase.first + int(parallel.fetch(state.step))
@@ -267,7 +268,13 @@ class _Look:
         self._bar = bar
         self._index = index
         batch = self._phase.config.batch
+        self._saves = False
         self._accuracy = training.make_accuracy(work.net, self._phase.mesh, batch)
+
+    def wanted(self, done: int) -> bool:
+        """Return whether the state after so many steps of the phase is tested, or saved."""
+        self._saves = self._folder.due(CHECKPOINT_SECONDS)
+        return self._saves or done % self._phase.per_epoch == 0
 
     def __call__(self, chunk: optimise.Chunk) -> None:
         folder, phase, metrics = self._folder, self._phase, chunk.metrics
@@ -282,7 +289,7 @@ class _Look:
             found = {"test_accuracy": self._accuracy(chunk.state.variables, self._test)}
             folder.scores.add(step=done, **found)
             self._bar.say(done, found)
-        if folder.due(CHECKPOINT_SECONDS):
+        if self._saves:
             folder.save(self._manager, done, chunk.state, phase=self._index)
 
 

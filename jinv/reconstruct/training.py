@@ -309,6 +309,7 @@ def run(
     callback: Callable[[optimise.Chunk], None] = lambda chunk: None,
     marks: tuple[int, ...] = (),
     should_stop: Callable[[], bool] = lambda: False,
+    wanted: Callable[[int], bool] = lambda done: True,
     clock: optimise.Clock | None = None,
     loop: optimise.Loop = "auto",
 ) -> State:
@@ -326,7 +327,7 @@ def run(
       perceptual: LPIPS, which adds to the loss.
       callback: see `optimise.run`.
       marks: numbers of steps at whose multiples it is called besides.
-      should_stop: see `optimise.run`.
+      should_stop, wanted: see `optimise.run`.
       clock: told where the time went.
       loop: see `optimise.run`.
 
@@ -358,7 +359,9 @@ def run(
             held = seed, _laid(mesh, found)
         return population, held[1]
 
-    looks = optimise.Looks(callback, None, (each, *marks), clock or optimise.Clock(), should_stop)
+    looks = optimise.Looks(
+        callback, None, (each, *marks), clock or optimise.Clock(), should_stop, wanted
+    )
     step = make_step(reconstructor, config, normalisation, perceptual=perceptual, mesh=mesh)
     return optimise.drive(step, step_key, state, data, config.steps, looks, loop=loop)[0]
 

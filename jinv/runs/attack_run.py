@@ -110,6 +110,7 @@ def run(
                 callback=callback,
                 chunk=options.chunk,
                 marks=callback.marks,
+                wanted=callback.wanted,
                 loop=options.loop,
                 resume=resume,
                 clock=folder.clock,
@@ -159,6 +160,7 @@ class _Callback:
         self._manager = manager
         self._stopping = stopping
         self._background = background
+        self._saves = False
 
     @property
     def marks(self) -> tuple[int, ...]:
@@ -166,6 +168,11 @@ class _Callback:
         options = self._options
         scores = options.scores_every if self._watch.score is not None else 0
         return tuple(every for every in (options.pictures_every, scores) if every)
+
+    def wanted(self, done: int) -> bool:
+        """Return whether the state after so many steps is looked at, or saved."""
+        self._saves = self._stopping() or self._folder.due(self._options.checkpoint_seconds)
+        return self._saves or any(done % mark == 0 for mark in self.marks)
 
     def __call__(self, chunk: optimise.Chunk) -> None:
         self.latest = chunk
@@ -181,9 +188,7 @@ class _Callback:
         self._progress.update(chunk.phase, chunk.start, chunk.metrics)
         self._look(chunk, done)
         # A checkpoint of a state that is not finite would replace the last good one.
-        if chunk.finite and (
-            self._stopping() or self._folder.due(self._options.checkpoint_seconds)
-        ):
+        if chunk.finite and self._saves:
             self.save(self._background)
 
     def save(self, later: Callable[[Callable[[], None]], None] = lambda job: job()) -> None:
@@ -196,13 +201,13 @@ class _Callback:
 
     def _look(self, chunk: optimise.Chunk, done: int) -> None:
         options, watch = self._options, self._watch
-        show = _crossed(chunk.start, done, options.pictures_every)
+        show = _at_multiple(done, options.pictures_every)
         judge = (
             watch.score is not None
-            and _crossed(chunk.start, done, options.scores_every)
+            and _at_multiple(done, options.scores_every)
             and done < self.total
         )
-        if not show and not judge:
+        if not chunk.finite or not (show or judge):
             return
         found = chunk.state.images
 
@@ -228,6 +233,5 @@ class _Callback:
         self._progress.say(done, found)
 
 
-def _crossed(start: int, done: int, every: int) -> bool:
-    """Whether a multiple of `every` lies in (start, done]."""
-    return every > 0 and done // every > start // every
+def _at_multiple(done: int, every: int) -> bool:
+    return every > 0 and done % every == 0
