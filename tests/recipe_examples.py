@@ -74,10 +74,32 @@ def train_shadow_models(folder: Path) -> dict[str, Any]:
     }
 
 
+def train_reconstructor(folder: Path) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    labels = (np.arange(60) % 3).astype(np.int32)
+    pattern = rng.integers(40, 200, (3, 4, 4, 1)).repeat(8, 1).repeat(8, 2)
+    for split in ("train", "test"):
+        found = (rng.normal(size=(60, 16)) + 2 * labels[:, None]).astype(np.float32)
+        images = (pattern[labels] + rng.integers(-20, 20, (60, 32, 32, 1))).astype(np.uint8)
+        features.Features(found, labels, ("a", "b", "c"), images, "").save(folder / split)
+    return {
+        "features": str(folder),
+        "sampling": {"class_size": 1, "sets": 20},
+        "training": {"classes": 3, "lr": 0.5, "epochs": 10, "init_std": 0.1},
+        "execution": {"chunk": 10},
+        "statistics": 4,
+        "width": 2,
+        "reconstructor": {"steps": 6, "batch": 4},
+        "victims": 30,
+        "run": {"scores_every": 2, "checkpoint_seconds": 0},
+    }
+
+
 EXAMPLES = {
     "invert": invert,
     "invert-gradients": invert_gradients,
     "pretrain": pretrain,
     "extract-features": extract_features,
     "train-shadow-models": train_shadow_models,
+    "train-reconstructor": train_reconstructor,
 }

@@ -13,6 +13,7 @@ RECIPES = (
     "pretrain",
     "extract-features",
     "train-shadow-models",
+    "train-reconstructor",
 )
 """Names of the commands that run recipes; each is the `COMMAND` of a file here."""
 
