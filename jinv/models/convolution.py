@@ -103,6 +103,58 @@ def pointwise(x: Array, weight: Array, stride: int) -> Array:
     return x[:, ::stride, ::stride] @ weight[0, 0]
 
 
+_LARGE, _WIDE = 256, 16
+"""Pixels and channels from which on XLA's gradient of weights is the slower one on a CPU."""
+
+
+def learned(x: Array, weight: Array, pads: Pads) -> Array:
+    """Return a convolution of stride 1 whose weight's gradient is wanted, too.
+
+    Where `convolve` serves attacks, which want the images' alone, to any order and in any mode,
+    this serves training: in reverse mode.
+
+    Args:
+      x, weight, pads: see `direct`.
+    """
+    height, width = _output_size(x.shape[1:3], weight.shape, 1, pads)
+    wide = height * width >= _LARGE and min(weight.shape[2:]) >= _WIDE
+    if wide and backend.choices().weights == "products":
+        return by_products(x, weight, pads)
+    return direct(x, weight, 1, pads, 1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def by_products(x: Array, weight: Array, pads: Pads) -> Array:
+    """`direct`, with the gradient of the weights as one matrix product each of the k*k.
+
+    XLA's convolution for it has windows as large as the images.
+
+    Args:
+      x, weight, pads: see `direct`.
+    """
+    return direct(x, weight, 1, pads, 1)
+
+
+def _by_products_forward(x: Array, weight: Array, pads: Pads) -> tuple[Array, tuple[Array, Array]]:
+    return direct(x, weight, 1, pads, 1), (x, weight)
+
+
+def _by_products_backward(
+    pads: Pads, residuals: tuple[Array, Array], dy: Array
+) -> tuple[Array, Array]:
+    x, weight = residuals
+    pull = jax.linear_transpose(lambda x: direct(x, weight, 1, pads, 1), x)
+    windows = _shifted(x, weight, 1, pads)
+    inputs, outputs = weight.shape[2:]
+    # Flat first: XLA multiplies the slices themselves more slowly.
+    flat = dy.reshape(-1, outputs)
+    dweight = [[window.reshape(-1, inputs).T @ flat for window in row] for row in windows]
+    return pull(dy)[0], jnp.stack([jnp.stack(row) for row in dweight])
+
+
+by_products.defvjp(_by_products_forward, _by_products_backward)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def depthwise(x: Array, weight: Array, stride: int, pads: Pads) -> Array:
     """One filter a channel, as a sum of k*k shifted slices times their weights.

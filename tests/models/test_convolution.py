@@ -207,6 +207,50 @@ def test_every_form_has_its_switch(
     assert convolutions(**{switch: ours}) == expected[ours]
 
 
+PADS = [((1, 1), (1, 1)), ((1, 0), (0, 1)), ((0, 0), (2, 3))]
+
+
+@pytest.mark.parametrize("pads", PADS)
+def test_products_give_the_gradient_of_the_weights(wide: None, pads: convolution.Pads) -> None:
+    x, w = _draw((2, 7, 6, 3), 0), _draw((3, 2, 3, 4), 1)
+    forms: dict[str, Form] = {
+        "xla": lambda x, w: convolution.direct(x, w, 1, pads, 1),
+        "ours": lambda x, w: convolution.by_products(x, w, pads),
+    }
+    found = {
+        name: quick_jit(functools.partial(_learned, form))(x, w) for name, form in forms.items()
+    }
+    for ours, theirs in zip(found["ours"], found["xla"], strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def _learned(form: Form, x: Array, w: Array) -> tuple[Array, Array, Array]:
+    y, pull = jax.vjp(form, x, w)
+    return (y, *pull(jnp.sin(y)))
+
+
+@pytest.mark.parametrize(
+    ("size", "channels", "switch", "convolutions"),
+    [
+        (16, 16, "products", 2),
+        (16, 16, "convolution", 3),
+        (15, 16, "products", 3),
+        (16, 15, "products", 3),
+    ],
+)
+def test_weights_of_wide_large_maps_are_learned_by_products(
+    size: int, channels: int, switch: str, convolutions: int
+) -> None:
+    x, w = _draw((1, size, size, 16), 0, "float32"), _draw((3, 3, 16, channels), 1, "float32")
+
+    def form(x: Array, w: Array) -> Array:
+        return convolution.learned(x, w, ((1, 1), (1, 1)))
+
+    with backend.choose(weights=switch):
+        program = str(jax.make_jaxpr(functools.partial(_learned, form))(x, w))
+    assert program.count("conv_general_dilated[") == convolutions
+
+
 # Moments
 
 
