@@ -19,8 +19,8 @@ from jax import Array
 
 from jinv import checks, training
 from jinv.checks import Count
-from jinv.models.convolution import convolve
-from jinv.models.layers import BatchNorm2d, Conv2d
+from jinv.models.convolution import learned, pointwise
+from jinv.models.layers import BatchNorm2d
 from jinv.watch import Moments, Path, Record, Variables, hand_out, switch, watch
 
 _SIDE = 4
@@ -93,7 +93,7 @@ def _interleaved(phases: list[list[Array]]) -> Array:
 
 
 def upsampled_convolution(x: Array, weight: Array) -> Array:
-    """Return `convolve(upsampled(x), weight, padding=1)` with 4 instead of 9 products a weight.
+    """Return a 3x3 convolution of `upsampled(x)` with 4 instead of 9 products a weight.
 
     Of three neighbours in the upsampled image two are the same pixel, so that their weights may be
     added first: an even row of the result has the weights (w_0, w_1 + w_2) of two rows of x, an odd
@@ -111,27 +111,32 @@ def upsampled_convolution(x: Array, weight: Array) -> Array:
     def one(i: int, j: int) -> Array:
         taps = folded(weight, i)  # of rows
         taps = jnp.moveaxis(folded(jnp.moveaxis(taps, 1, 0), j), 0, 1)
-        pads = ((0, 0), (1 - i, i), (1 - j, j), (0, 0))
-        return convolve(jnp.pad(x, pads), taps)
+        return learned(x, taps, ((1 - i, i), (1 - j, j)))
 
     return _interleaved([[one(i, j) for j in (0, 1)] for i in (0, 1)])
 
 
-class _Conv2d(Conv2d):
-    """With bias 0 and weights from U(-bound, bound)."""
+class Conv2d(nnx.Module):
+    """A convolution with bias that is learned, bias 0 and weights from U(-bound, bound) at first.
+
+    weight: (kernel, kernel, inputs, outputs), kernel 1 or 3; images keep their size.
+    """
 
     def __init__(self, inputs: int, outputs: int, kernel: int, *, bound: float, rngs: nnx.Rngs):
-        nnx.Module.__init__(self)
         shape = (kernel, kernel, inputs, outputs)
         self.weight = nnx.Param(_uniform(rngs, shape, bound))
         self.bias = nnx.Param(jnp.zeros(outputs))
-        self.stride = 1
-        self.padding = kernel // 2
-        self.groups = 1
+        self.kernel = kernel
+
+    def __call__(self, x: Array) -> Array:
+        """(B, H, W, inputs) -> (B, H, W, outputs)."""
+        weight, bias = self.weight[...].astype(x.dtype), self.bias[...].astype(x.dtype)
+        if self.kernel == 1:
+            return pointwise(x, weight, 1) + bias
+        return learned(x, weight, ((1, 1), (1, 1))) + bias
 
     def upsampled(self, x: Array) -> Array:
         """Return what it makes of the upsampled image (B, 2 H, 2 W, inputs)."""
-        assert self.bias is not None
         weight, bias = self.weight[...].astype(x.dtype), self.bias[...].astype(x.dtype)
         return upsampled_convolution(x, weight) + bias
 
@@ -140,10 +145,10 @@ def _uniform(rngs: nnx.Rngs, shape: tuple[int, ...], bound: float) -> Array:
     return jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
 
 
-def _kaiming(inputs: int, outputs: int, kernel: int, *, rngs: nnx.Rngs) -> _Conv2d:
+def _kaiming(inputs: int, outputs: int, kernel: int, *, rngs: nnx.Rngs) -> Conv2d:
     """Return a convolution with He's uniform initialisation, fan-in mode."""
     bound = math.sqrt(6 / (inputs * kernel * kernel))
-    return _Conv2d(inputs, outputs, kernel, bound=bound, rngs=rngs)
+    return Conv2d(inputs, outputs, kernel, bound=bound, rngs=rngs)
 
 
 class First(nnx.Module):
@@ -203,7 +208,7 @@ class Network(nnx.Module):
         self.bn = BatchNorm2d(widths[-1])
         # Glorot's, with torch's gain of tanh.
         bound = 5 / 3 * math.sqrt(6 / (9 * (widths[-1] + config.channels)))
-        self.conv = _Conv2d(widths[-1], config.channels, 3, bound=bound, rngs=rngs)
+        self.conv = Conv2d(widths[-1], config.channels, 3, bound=bound, rngs=rngs)
         self.dtype = execution.dtype
 
     def __call__(self, x: Array) -> Array:
