@@ -236,7 +236,7 @@ class Evaluation:
             },
             "tpr_at_fpr": {f"{at:g}": interval.value for at, interval in found.items()},
             "intervals": {f"{at:g}": [i.low, i.high] for at, i in found.items()},
-            "at_threshold": {"mse": threshold, "tpr": tpr, "fpr": fpr},
+            "at_threshold": {"mse": float(threshold), "tpr": tpr, "fpr": fpr},
         }
 
 

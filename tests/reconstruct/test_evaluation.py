@@ -153,15 +153,15 @@ def test_intervals_hold_the_value_and_narrow_with_more_samples() -> None:
 
 def test_a_summary_is_plain_values() -> None:
     found = samples(300, 300)
-    told = json.loads(json.dumps(found.summary(0.1, resamples=20)))
+    told = json.loads(json.dumps(found.summary(np.float32(0.1), resamples=20)))
     assert list(told["tpr_at_fpr"]) == ["0.001", "0.01", "0.1"]
     assert told["tpr_at_fpr"]["0.1"] == found.tpr_at(0.1)
     low, high = told["intervals"]["0.1"]
     assert low <= told["tpr_at_fpr"]["0.1"] <= high
     assert told["at_threshold"] == {
-        "mse": 0.1,
-        "tpr": np.mean(found.true <= 0.1),
-        "fpr": np.mean(found.random <= 0.1),
+        "mse": float(np.float32(0.1)),
+        "tpr": np.mean(found.true <= np.float32(0.1)),
+        "fpr": np.mean(found.random <= np.float32(0.1)),
     }
 
 
