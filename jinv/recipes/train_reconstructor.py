@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,13 +53,14 @@ from jinv.runs.run_folder import FolderError, RunFolder
 from jinv.runs.signals import Signals
 from jinv.shadow import features, statistics
 from jinv.shadow.config import Config as Training
-from jinv.shadow.generation import Execution, Restarts
+from jinv.shadow.generation import Execution, Factory, Restarts
 from jinv.shadow.sampling import Sampling, Sets
 from jinv.shadow.store import Store
 
 WEIGHTS, NORMALISATION = "reconstructor.safetensors", "normalisation.npz"
-_STATISTICS = 2**20
-"""First seed of the shadow models that statistics and ridge see; training begins with seed 0."""
+_STATISTICS, _VICTIMS = 2**20, 2**21
+"""First seeds of the shadow models that statistics and ridge see, and of victims; training begins
+with seed 0."""
 _ON_THE_WAY = 100
 """Victims that are attacked on the way."""
 
@@ -211,7 +213,15 @@ class Reconstruction(command.Loaded):
             raise ValueError(f"{config.features}: the splits are of other networks or classes")
         self._of_train = self._production("train", config.sampling)
         self._of_test = self._production("test", self._victim_sampling())
-        self.factory = self._of_train.factory
+        # One for both splits: one program. The test images come after those that are trained on.
+        self.factory = Factory(
+            self._of_train.config.training,
+            np.concatenate([self.train.features, self.test.features]),
+            self._of_train.examples,
+            self._of_train.factory.key,
+            restarts=config.restarts,
+            execution=config.execution,
+        )
         self.source = self._source()
         each = self.source.sets // config.reconstructor.batch
         if not each:
@@ -339,7 +349,8 @@ class Reconstruction(command.Loaded):
                 "network": lambda x, labels: learning.reconstruct(net, variables, x, labels)
             }
             if fitting is not None:
-                attackers["ridge"] = self._ridge(fitting, normalisation)
+                like = np.asarray(told.mean, np.float32)
+                attackers["ridge"] = self._ridge(fitting, normalisation, like)
             told.save(folder.path / NORMALISATION)
             weights_convert.write(folder.path / WEIGHTS, weights_convert.from_flax(variables))
             summary.update(self._write(folder, net, victims, normalisation, attackers))
@@ -371,16 +382,22 @@ class Reconstruction(command.Loaded):
         """Make the heads of test images that are attacked: their weights, and which images."""
         count, made = self.config.victims, []
         each = self._of_test.config.sampling.sets
-        for seed in range(-(-count // each)):
+        for seed in range(_VICTIMS, _VICTIMS + math.ceil(count / each)):
             sets = self._of_test.sets(seed)
-            made.append((np.array(self._of_test.factory.seed(seed, sets).weights), sets.indices))
+            there = sets._replace(indices=sets.indices + np.int32(len(self.train)))
+            made.append((np.array(self.factory.seed(seed, there).weights), sets.indices))
         weights, indices = (np.concatenate(parts)[:count] for parts in zip(*made, strict=True))
         return weights, indices
 
-    def _ridge(self, fitting: ridge.Fitting, normalisation: Normalisation) -> Any:
-        """Return the control attack, of normalised weights and classes."""
+    def _ridge(self, fitting: ridge.Fitting, normalisation: Normalisation, like: np.ndarray) -> Any:
+        """Return the control attack, of normalised weights and classes.
+
+        Args:
+          fitting: with all heads that it learns from.
+          normalisation: of what it is given.
+          like: a head, for the coordinates that are the same in all.
+        """
         attack = fitting.fit()
-        like = np.zeros(normalisation.size, np.float32)
 
         def reconstruct(x: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
             images = attack.reconstruct(normalisation.weights(x, like))

@@ -7,6 +7,7 @@ Sizes are the published ones, to the last parameter that their three digits show
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -240,6 +241,11 @@ class Reconstructor:
     train_apply: Callable[..., tuple[Array, tuple[Moments, ...]]] = dataclasses.field(repr=False)
     statistics: tuple[tuple[Path, Path], ...] = dataclasses.field(repr=False)
     _pixels: tuple[int, ...] = dataclasses.field(repr=False)
+
+    @functools.cached_property
+    def compiled(self) -> Callable[..., Array]:
+        """Return `apply`, compiled once for every shape."""
+        return jax.jit(self.apply)
 
     def init(self, key: Array) -> dict[Any, Any]:
         """Return variables to begin with."""

@@ -400,13 +400,12 @@ def reconstruct(
       labels: (n,) the class of each, if it is told one.
       batch: how many at once.
     """
-    apply = jax.jit(reconstructor.apply)
     count = len(normalised)
     found = []
     for start in range(0, count, batch):
         # The last batch runs the same program.
         rows = np.arange(start, start + batch) % count
         told = None if labels is None else jnp.asarray(np.asarray(labels)[rows], jnp.int32)
-        images = apply(variables, jnp.asarray(normalised)[rows], told)
+        images = reconstructor.compiled(variables, jnp.asarray(normalised)[rows], told)
         found.append(np.asarray(images)[: count - start])
     return np.concatenate(found)

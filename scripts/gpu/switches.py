@@ -20,6 +20,7 @@ from gpu.cases import Case
 from gpu.layers import Layer, program
 from gpu.part import Given
 from jinv import backend, prng
+from jinv.models import convolution
 
 Way = Callable[[], Any]
 LAYERS: dict[str, tuple[Layer, ...]] = {
@@ -143,12 +144,31 @@ def of_numbers(tiny: bool) -> Made:
     yield f"normal numbers {shape}", "float32", make
 
 
+def of_learning(tiny: bool) -> Made:
+    """The gradient of the weights of a 3x3 convolution of a reconstructor."""
+    for batch, size, width in ((2, 16, 16),) if tiny else ((32, 32, 256), (32, 16, 512)):
+        layer = Layer(3, width, width, size, batch=batch, dtype="float32")
+
+        def make(layer: Layer = layer) -> Way:
+            weight, x = layer.arrays
+
+            def gradient(weight: jax.Array, x: jax.Array) -> jax.Array:
+                learned = functools.partial(convolution.learned, pads=((1, 1), (1, 1)))
+                return jax.vjp(lambda weight: learned(x, weight), weight)[1](x)[0]
+
+            program = jax.jit(gradient).lower(weight, x).compile()
+            return lambda: program(weight, x)
+
+        yield f"gradient of weights, {layer}", layer.dtype, make
+
+
 CASES: dict[str, Callable[[bool], Made]] = {
     **{switch: of_layers(switch) for switch in LAYERS},
     "loop": of_steps(cases.MOBILENET_V2),
     "remat": of_steps(cases.MOBILENET_V2),
     "seeds": of_seeds,
     "threefry": of_numbers,
+    "weights": of_learning,
 }
 """Every switch by its name in `backend.Choices`."""
 
