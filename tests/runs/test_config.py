@@ -9,7 +9,14 @@ from typing import Any, Literal
 import pytest
 
 from conftest import ROOT
-from jinv.recipes import extract_features, invert, invert_gradients, pretrain, train_shadow_models
+from jinv.recipes import (
+    extract_features,
+    invert,
+    invert_gradients,
+    pretrain,
+    train_reconstructor,
+    train_shadow_models,
+)
 from jinv.runs import config, study
 
 
@@ -135,6 +142,7 @@ COMMANDS = {
     "pretrain": pretrain.COMMAND,
     "features": extract_features.COMMAND,
     "shadow": train_shadow_models.COMMAND,
+    "reconstructor": train_reconstructor.COMMAND,
     "gradients": invert_gradients.COMMAND,
 }
 
