@@ -1,0 +1,156 @@
+"""`jinv train-reconstructor` as its user meets it: files, scores, sources, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+import recipe_examples
+import weights_convert
+from jinv.recipes import train_reconstructor, train_shadow_models
+from jinv.reconstruct import network, training
+from jinv.runs import command_line
+from jinv.runs import config as configs
+from jinv.shadow import features
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return recipe_examples.train_reconstructor(tmp_path_factory.mktemp("features"))
+
+
+def run(command: Any, tree: dict[str, Any], out: Path, *flags: Any) -> int:
+    path = out.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(tree))
+    return command_line.main(command, ["--config", str(path), "--out", str(out), *map(str, flags)])
+
+
+@pytest.fixture(scope="module")
+def finished(tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "out"
+    assert run(train_reconstructor.COMMAND, tree, out) == 0
+    return out
+
+
+def summary(out: Path) -> dict[str, Any]:
+    return json.loads((out / "summary.json").read_text())
+
+
+def test_it_writes_what_it_promises(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = summary(finished)
+    assert set(told) == {field.name for field in dataclasses.fields(train_reconstructor.Summary)}
+    assert told["shadow_models"] == 6 * 4
+    assert told["source"] == "made"
+    assert told["victims"] == 30
+    assert list(told["attackers"]) == ["network", "ridge"]
+    for attacker in told["attackers"].values():
+        assert list(attacker["tpr_at_fpr"]) == ["0.001", "0.01", "0.1"]
+        # Every victim is asked for the image of each of three classes.
+        assert attacker["samples"] == {"true": 90, "random": 90}
+        assert attacker["at_threshold"]["mse"] == told["threshold"]
+        assert 0 <= attacker["top1"] <= 1
+    pictures = {path.name for path in (finished / "pictures").iterdir()}
+    kinds = ("best", "median", "worst")
+    assert pictures == {f"{who}_{kind}.png" for who in ("network", "ridge") for kind in kinds}
+    assert len(list((finished / "progress").iterdir())) == 3
+    assert "ROC curves" in (finished / "report.html").read_text()
+
+
+def test_ridge_knows_the_heads(tree: dict[str, Any], finished: Path) -> None:
+    """Images of classes that look alike within: it finds them closer than random weights do."""
+    found = summary(finished)["attackers"]["ridge"]
+    assert found["median_mse"]["true"] < found["median_mse"]["random"]
+
+
+def test_its_weights_make_the_reconstructor_again(tree: dict[str, Any], finished: Path) -> None:
+    told = summary(finished)
+    net = network.make(network.Config(told["inputs"], tree["width"], classes=3))
+    shapes = net.init(jax.random.key(0))
+    variables = weights_convert.to_flax(
+        weights_convert.read(finished / train_reconstructor.WEIGHTS), shapes
+    )
+    x = np.zeros((2, told["inputs"]), np.float32)
+    images = training.reconstruct(net, variables, x, np.array([0, 2]), batch=2)
+    assert images.shape == (2, 32, 32, 1)
+    assert np.abs(images).max() <= 1
+    with np.load(finished / train_reconstructor.NORMALISATION) as kept:
+        assert int(kept["count"]) == 4 * 20
+        assert kept["covariance"].shape == (told["heads"], told["heads"])
+
+
+def test_stored_shadow_models_train_the_same(
+    tree: dict[str, Any], finished: Path, tmp_path: Path
+) -> None:
+    """Those of the same seeds; `jinv train-shadow-models` makes them."""
+    shadows = {k: tree[k] for k in ("features", "sampling", "training", "execution")}
+    folder = tmp_path / "shadows"
+    assert run(train_shadow_models.COMMAND, shadows | {"seeds": 2}, folder) == 0
+    out = tmp_path / "out"
+    assert run(train_reconstructor.COMMAND, tree | {"shadows": str(folder)}, out) == 0
+    name = train_reconstructor.WEIGHTS
+    assert (out / name).read_bytes() == (finished / name).read_bytes()
+    assert (out / "metrics.csv").read_bytes() == (finished / "metrics.csv").read_bytes()
+    assert summary(out)["source"] == "stored"
+
+
+def test_heads_that_are_not_linear_and_images_of_no_class(
+    tree: dict[str, Any], tmp_path: Path
+) -> None:
+    """Ridge needs a class's own weights; a reconstruction may be of any image of the set."""
+    changed = tree | {
+        "sampling": tree["sampling"] | {"positive": [1]},
+        "training": {"head": "binary", "hidden": 2, "lr": 0.5, "epochs": 5, "init_std": 0.1},
+        "conditional": False,
+    }
+    assert run(train_reconstructor.COMMAND, changed, tmp_path / "out") == 0
+    told = summary(tmp_path / "out")
+    assert list(told["attackers"]) == ["network"]
+    assert told["attackers"]["network"]["samples"] == {"true": 30, "random": 30}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reconstructor": {"batch": 21}}, "20 shadow models fill no batch of 21"),
+        ({"sampling": {"class_size": 21, "sets": 1}}, "need 21 examples of class 0"),
+        ({"sampling": {"kind": "random_labels", "classes": 3, "sets": 4}}, "balanced sets alone"),
+        ({"training": {"classes": 2}}, "labels are 0 to 2, the linear head knows 2 classes"),
+        ({"features": "/nowhere"}, "/nowhere"),
+        ({"shadows": "/nowhere"}, "/nowhere"),
+        ({"victims": 0}, "victims"),
+        ({"width": 0}, "width"),
+    ],
+)
+def test_mistakes_are_told_before_the_first_step(
+    tree: dict[str, Any], change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((ValueError, OSError), match=re.escape(message)):
+        train_reconstructor.Reconstruction(configs.build(train_reconstructor.Config, tree | change))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (None, "holds no images: extract the features with images_size: 32 or 64"),
+        (np.zeros((60, 28, 28, 1), np.uint8), "makes those of 32 or 64 px"),
+    ],
+)
+def test_features_without_images_to_make_are_refused(
+    tree: dict[str, Any], tmp_path: Path, images: Any, message: str
+) -> None:
+    labels = (np.arange(60) % 3).astype(np.int32)
+    found = np.zeros((60, 16), np.float32)
+    for split in ("train", "test"):
+        features.Features(found, labels, ("a", "b", "c"), images, "").save(tmp_path / split)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        train_reconstructor.Reconstruction(
+            configs.build(train_reconstructor.Config, tree | {"features": str(tmp_path)})
+        )
