@@ -23,6 +23,8 @@ where S (N, H) follows the optimizer with L (Z_t Q')' for a gradient. That is eq
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,10 +47,66 @@ def build(config: Config, head: Head, optimizer: optax.GradientTransformation) -
     return _private(config, config.privacy, head, optimizer)
 
 
-def _exact(config: Config, head: Head, optimizer: optax.GradientTransformation) -> Train:
-    first, after = head.first, head.after
-    assert first is not None
+class Moved(NamedTuple):
+    """What training makes of a head, on N x N numbers.
+
+    Attributes:
+      rows: A_T (N, H).
+      kept: c_T.
+      others: the parameters after the first matrix.
+      loss: () mean over the training set.
+    """
+
+    rows: Array
+    kept: Array
+    others: Parameters
+    loss: Array
+
+
+def simulate(
+    head: Head,
+    optimizer: optax.GradientTransformation,
+    share: Array,
+    others: Parameters,
+    gram: Array,
+    projected: Array,
+    labels: Array,
+) -> Moved:
+    """Train without a feature: with the examples' products alone.
+
+    Args:
+      head: with a first matrix W (H, D).
+      optimizer: linear, the same for all coordinates.
+      share: (steps, N) what each example counts in a step.
+      others: the parameters after the first matrix, before the first step.
+      gram: X X' (N, N).
+      projected: X W_0' (N, H).
+      labels: (N,).
+    """
+    after = head.after
     assert after is not None
+
+    def z(moving: Parameters) -> Array:
+        return moving[_KEPT] * projected + gram @ moving[_ROWS]
+
+    def loss(others: Parameters, z: Array, share: Array) -> Array:
+        return (share * head.loss(after(others, z), labels)).sum() / share.sum()
+
+    def gradient(moving: Parameters, t: Array) -> Parameters:
+        others = without(moving, _ROWS, _KEPT)
+        found, rows = jax.grad(loss, (0, 1))(others, z(moving), share[t])
+        return {**found, _ROWS: rows, _KEPT: jnp.zeros_like(moving[_KEPT])}
+
+    start = {_ROWS: jnp.zeros_like(projected), _KEPT: jnp.ones((), projected.dtype)}
+    moved = descend(optimizer, others | start, gradient, len(share))
+    others = without(moved, _ROWS, _KEPT)
+    every = jnp.ones_like(share[0])
+    return Moved(moved[_ROWS], moved[_KEPT], others, loss(others, z(moved), every))
+
+
+def _exact(config: Config, head: Head, optimizer: optax.GradientTransformation) -> Train:
+    first = head.first
+    assert first is not None
 
     def train(key: Array, features: Array, labels: Array) -> Shadow:
         examples, width = features.shape
@@ -57,23 +115,9 @@ def _exact(config: Config, head: Head, optimizer: optax.GradientTransformation) 
         initial = start.pop(first)
         gram, projected = features @ features.T, features @ initial.T
         share = shares(config, order_key, examples)
-
-        def z(moving: Parameters) -> Array:
-            return moving[_KEPT] * projected + gram @ moving[_ROWS]
-
-        def loss(others: Parameters, z: Array, share: Array) -> Array:
-            return (share * head.loss(after(others, z), labels)).sum() / share.sum()
-
-        def gradient(moving: Parameters, t: Array) -> Parameters:
-            others = without(moving, _ROWS, _KEPT)
-            found, rows = jax.grad(loss, (0, 1))(others, z(moving), share[t])
-            return {**found, _ROWS: rows, _KEPT: jnp.zeros_like(moving[_KEPT])}
-
-        start |= {_ROWS: jnp.zeros_like(projected), _KEPT: jnp.ones((), projected.dtype)}
-        moved = descend(optimizer, start, gradient, config.steps(examples))
-        others = without(moved, _ROWS, _KEPT)
-        weight = moved[_KEPT] * initial + moved[_ROWS].T @ features
-        return Shadow({first: weight, **others}, loss(others, z(moved), jnp.ones(examples)))
+        moved = simulate(head, optimizer, share, start, gram, projected, labels)
+        weight = moved.kept * initial + moved.rows.T @ features
+        return Shadow({first: weight, **moved.others}, moved.loss)
 
     return train
 
