@@ -142,7 +142,14 @@ def make_head(config: Config) -> Head:
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """The config's optimizer; weight decay is added to the gradient, as in torch."""
-    decay = optax.add_decayed_weights(config.weight_decay)
     if config.optimizer == "adam":
-        return optax.chain(decay, optax.adam(config.lr))
-    return optax.chain(decay, optax.sgd(config.lr, config.momentum or None))
+        return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.adam(config.lr))
+    return sgd(config.lr, config.momentum, config.weight_decay)
+
+
+def sgd(
+    lr: float | Array, momentum: float, weight_decay: float | Array
+) -> optax.GradientTransformation:
+    """torch.optim.SGD; what is an array may be traced."""
+    decay = optax.add_decayed_weights(weight_decay)
+    return optax.chain(decay, optax.sgd(lr, momentum or None))
