@@ -184,6 +184,8 @@ class Recovered(NamedTuple):
         return found
 
 
+_DOUBTS = np.array([0, 0.003, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32])
+"""Errors of A, relative to its numbers' root mean square, of which the likeliest is taken."""
 MISFIT_SIGMAS = 25.0
 """More are not believed. Features are not normal: of real ones, a head in a hundred has 10."""
 NOISE_SIGMAS = 6.0
@@ -424,17 +426,15 @@ def _reading(
     mean, root = class_means[labels], jnp.sqrt(scales[labels])
     left, sizes, right = jnp.linalg.svd((rows * root[:, None]).T, full_matrices=True)
     rank = min(examples, classes - 1)
-    sizes = jnp.zeros(examples).at[:rank].set(sizes[:rank])
-    coordinates = jnp.zeros((examples, len(spread)))
-    coordinates = coordinates.at[:rank].set(left[:, :rank].T @ (weights - rows.T @ mean) @ basis)
+    sizes, left = sizes[:rank, None], left[:, :rank]
     noise = jnp.square(noise) + jnp.square(1e-7 * jnp.abs(weights).max())
-    total = jnp.square(sizes)[:, None] * spread + noise
-    posterior = mean + root[:, None] * (
-        right.T @ (coordinates * sizes[:, None] * spread / total @ basis.T)
-    )
-    along = (spread * noise / total) @ jnp.square(
-        basis
-    ).T  # (N, D) variance along each row of right
+    total = jnp.square(sizes) * spread + noise  # (C - 1, D)
+    measured = left.T @ (weights - rows.T @ mean) @ basis
+    gain = sizes * spread
+    known = jnp.zeros((examples, len(spread))).at[:rank].set(gain * measured / total)
+    posterior = mean + root[:, None] * (right.T @ known @ basis.T)
+    along = jnp.broadcast_to(spread, known.shape).at[:rank].set(spread * noise / total)
+    along = along @ jnp.square(basis).T  # (N, D) variances along V
     mixing = right.T * root[:, None]
     variance = jnp.square(mixing) @ along
 
@@ -456,7 +456,36 @@ def _reading(
         own = direction[labels][:, None]
         posterior = jnp.maximum(posterior + own * shift, 0)
         variance -= jnp.square(own) * saved
+    apart = jnp.sqrt(counts)[:, None] * class_means @ basis
+    unsure = jnp.square(gain) * _unsure(measured, total, apart, jnp.square(rows).mean())
+    unsure = unsure @ jnp.square(basis).T
+    variance += jnp.square(mixing[:, :rank]) @ unsure
+    average_variance += jnp.square(mixed[:, :rank]) @ unsure
     return posterior, variance, averages, average_variance
+
+
+def _unsure(measured: Array, total: Array, apart: Array, square: Array) -> Array:
+    """Return what is lacking to 1 / total, (C - 1, D), because A is not known exactly.
+
+    The covariance of a row of U' (W - A' M) Q is diag(total) + alpha^2 B' B, where B are the
+    class means and alpha is the error of A's numbers: of some, the one that makes what was
+    measured likeliest. As features are not normal, it is too large rather than too small. The
+    features are therefore found without it.
+
+    Args:
+      measured: (C - 1, D).
+      total: (C - 1, D).
+      apart: B (C, D), each times the root of its examples' number.
+      square: () mean square of A's numbers.
+    """
+    values, vectors = jnp.linalg.eigh(jnp.einsum("cd,jd,ed->jce", apart, 1 / total, apart))
+    values = jnp.maximum(values, 0)
+    seen = jnp.einsum("jce,cd,jd->je", vectors, apart, measured / total)
+    alpha = jnp.asarray(_DOUBTS)[:, None, None] ** 2 * square
+    shrunk = alpha / (1 + alpha * values)  # (R, C - 1, C)
+    likelihood = (shrunk * jnp.square(seen) - jnp.log1p(alpha * values)).sum((1, 2))
+    turned = jnp.einsum("jce,cd->jed", vectors, apart) / total[:, None]
+    return jnp.einsum("jed,je->jd", jnp.square(turned), shrunk[likelihood.argmax()])
 
 
 def _shift(
