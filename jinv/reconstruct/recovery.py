@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +29,8 @@ from jax.scipy.special import log_ndtr
 
 from jinv.reconstruct import gram
 from jinv.reconstruct.gram import Fit, GramPrior, Settings
-from jinv.shadow.config import Config
+from jinv.shadow.config import Config, sgd
+from jinv.shadow.rowspace import orthogonal_scale
 
 CHUNK = 16
 """Heads at once."""
@@ -165,10 +167,10 @@ class Recovered(NamedTuple):
     def doubts(self) -> list[str]:
         """Return for every head why its examples are not to be believed, "" if they are."""
         width = self.features.shape[-1]
-        tolerance = NOISE_SIGMAS * np.sqrt(2 / width)
+        unit = 2 / (9 * width)  # Wilson and Hilferty: the cube root is normal
         found = []
         for misfit, noise in zip(self.misfit, self.noise, strict=True):
-            if not abs(noise - 1) < tolerance:
+            if not abs(np.cbrt(noise) - (1 - unit)) < NOISE_SIGMAS * np.sqrt(unit):
                 found.append(
                     f"what no example moves is {np.sqrt(noise):.3g} times what init_std and "
                     "weight_decay leave: they are others, noise was added (DP), or it was not SGD"
@@ -186,9 +188,10 @@ class Recovered(NamedTuple):
 
 _DOUBTS = np.array([0, 0.003, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32])
 """Errors of A, relative to its numbers' root mean square, of which the likeliest is taken."""
-MISFIT_SIGMAS = 25.0
-"""More are not believed. Features are not normal: of real ones, a head in a hundred has 10."""
+MISFIT_SIGMAS = 15.0
+"""More are not believed. Real features are not normal: of 64 heads the largest had 2.5 to 13."""
 NOISE_SIGMAS = 6.0
+"""As far may the part that no example moves be from what is expected."""
 
 
 def unrecoverable(config: Config, examples: int) -> str:
@@ -257,17 +260,16 @@ def recover(
         np.concatenate(arrays)[: len(weights)] for arrays in zip(*parts, strict=True)
     )
     expected = np.sqrt(variances.sum(-1) / prior.variances[labels].sum(-1))
-    number = gram.known(config.classes)
     unmoved = np.square(weights.mean(1, dtype=np.float64)).mean(-1) * config.classes
-    rounding = np.square(1e-7 * np.abs(weights).max((1, 2)))
+    rounding = np.square(1e-6 * np.abs(weights).max((1, 2)))  # of a training in float32
     return Recovered(
         features,
         variances,
         means,
         mean_variances,
         expected,
-        (fits.squares - number) / np.sqrt(2 * number),
-        unmoved / (np.square(fits.noise) + rounding),
+        _misfit(np.asarray(fits.squares), config.classes),
+        (unmoved + rounding) / (np.square(fits.noise) + rounding),
         np.asarray(fits.loss),
     )
 
@@ -371,6 +373,88 @@ def _fit_all(
                 break
     assert result is not None
     return result
+
+
+class Guess(NamedTuple):
+    """Hyper-parameters and how well they explain heads.
+
+    Attributes:
+      config: with them.
+      misfit: median of the heads' `Recovered.misfit`.
+    """
+
+    config: Config
+    misfit: float
+
+
+def guess(
+    weights: np.ndarray,
+    bias: np.ndarray,
+    config: Config,
+    labels: np.ndarray,
+    prior: Prior,
+    *,
+    lr: Sequence[float],
+    epochs: Sequence[int] | None = None,
+    weight_decay: Sequence[float] | None = None,
+    refinements: int = 5,
+) -> list[Guess]:
+    """Return hyper-parameters from the one that explains some heads' weights best to the worst.
+
+    All combinations are tried. Around the best, the learning rate is then refined between its
+    neighbours. `init_std` is what the part of the weights that no example moves says. A few heads
+    are enough; the time is that of `recover` a combination, and another compilation for each
+    number of epochs. Where the product of learning rate and epochs is the same, and steps are
+    small, training is: there the first of the list need not be the true one, but recovers as well.
+
+    Args:
+      weights: (S, C, D) after the training.
+      bias: (S, C).
+      config: what is known, such as momentum; lr, epochs, weight_decay and init_std are replaced.
+      labels: (N,) of each head's training set.
+      prior: of features by the same network.
+      lr: learning rates to try.
+      epochs: numbers of epochs to try; the config's by default.
+      weight_decay: to try; the config's by default.
+      refinements: how often the learning rates' spacing is halved around the best.
+
+    Raises:
+      ValueError: as `recover`, or there is nothing to try.
+    """
+    weights, bias, labels = np.asarray(weights), np.asarray(bias), np.asarray(labels)
+    _check(weights, bias, config, labels, prior)
+    reason = unrecoverable(config, len(labels))
+    if reason:
+        raise ValueError(f"no exact recovery: {reason}")
+    if not len(lr):
+        raise ValueError("no learning rate to try was given")
+
+    def tried(**settings: Any) -> Guess:
+        found = dataclasses.replace(config, **settings, init_std=0.0)
+        optimizer = sgd(found.lr, found.momentum, found.weight_decay)
+        kept = orthogonal_scale(optimizer, found.steps(len(labels)), 1.0, 0.0)
+        unmoved = np.square(weights.mean(1, dtype=np.float64)).mean() * config.classes
+        found = dataclasses.replace(found, init_std=float(np.sqrt(unmoved) / kept))
+        squares = np.asarray(fit_all(weights, bias, found, labels, prior).squares)
+        return Guess(found, float(np.median(_misfit(squares, config.classes))))
+
+    grid = itertools.product(lr, epochs or (config.epochs,), weight_decay or (config.weight_decay,))
+    found = [tried(lr=a, epochs=b, weight_decay=c) for a, b, c in grid]
+    ordered = np.sort(np.unique(np.asarray(lr, float)))
+    factor = float(np.sqrt((ordered[1:] / ordered[:-1]).max())) if len(ordered) > 1 else 1.2
+    for _ in range(refinements):
+        best = min(found, key=lambda g: g.misfit).config
+        found += [
+            tried(lr=best.lr * by, epochs=best.epochs, weight_decay=best.weight_decay)
+            for by in (factor, 1 / factor)
+        ]
+        factor = float(np.sqrt(factor))
+    return sorted(found, key=lambda g: g.misfit)
+
+
+def _misfit(squares: np.ndarray, classes: int) -> np.ndarray:
+    number = gram.known(classes)
+    return (squares - number) / np.sqrt(2 * number)
 
 
 def _chunks(arrays: Any, chunk: int) -> Any:
