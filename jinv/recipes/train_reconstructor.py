@@ -8,8 +8,9 @@ The config names a folder of features (`jinv extract-features`, with `images_siz
 models are trained on them; every key can be overridden on the command line (`--config F --help`
 lists them). Shadow models of the training images are made while the reconstructor learns from them,
 or read from a folder of `jinv train-shadow-models`. Then victims, heads of test images that no part
-of the attack has seen, are attacked by the reconstructor and, where heads are linear, by ridge
-regression from a class's own weights, which knows as many shadow models as the statistics do.
+of the attack has seen, are attacked by the reconstructor. Where heads are linear and classes are
+told, so they are by ridge regression from a class's own weights, which knows as many shadow models
+as the statistics do.
 
 A checkpoint is saved every minute, and on Ctrl-C or SIGTERM; --resume goes on to the very same
 reconstructor. A finished run is replaced only with --overwrite.
@@ -43,7 +44,7 @@ from jinv.net import Variables
 from jinv.recipes import train_shadow_models as shadows
 from jinv.reconstruct import network, ridge
 from jinv.reconstruct import training as learning
-from jinv.reconstruct.evaluation import Evaluation, min_mse, nearest_neighbours, ranks, top
+from jinv.reconstruct.evaluation import Evaluation, mse, nearest_neighbours, ranks, top
 from jinv.reconstruct.normalisation import Normalisation
 from jinv.reports import curves, page, reconstruction
 from jinv.runs import command, hardware
@@ -359,10 +360,10 @@ class Reconstruction(command.Loaded):
         return summary
 
     def _learned_of_heads(self) -> tuple[statistics.Statistics, ridge.Fitting | None]:
-        """Return statistics of heads' weights, and ridge's sums if heads are linear."""
+        """Return statistics of heads' weights, and ridge's sums where it applies."""
         found: statistics.Statistics | None = None
         fitting = None
-        if self.config.training.head == "linear":
+        if self.config.training.head == "linear" and self.config.conditional:
             fitting = ridge.Fitting(self.factory.layout, np.asarray(self.train.images))
         for seed in range(_STATISTICS, _STATISTICS + self.config.statistics):
             sets = self._of_train.sets(seed)
@@ -399,9 +400,9 @@ class Reconstruction(command.Loaded):
         """
         attack = fitting.fit()
 
-        def reconstruct(x: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
-            images = attack.reconstruct(normalisation.weights(x, like))
-            return images if labels is None else images[np.arange(len(x)), labels]
+        def reconstruct(x: np.ndarray, labels: np.ndarray) -> np.ndarray:
+            weights = normalisation.weights(x, like)
+            return attack.of(weights, labels)
 
         return reconstruct
 
@@ -425,11 +426,9 @@ class Reconstruction(command.Loaded):
         else:
             which, members = np.arange(len(x[:count])), None
             found = attacker(x[which], None)
-        sets = victims.images[victims.indices[which]]
-        samples = min_mse(found, sets, members)
-        apart = np.square(found[:, None] - sets).mean((-3, -2, -1))
-        apart = apart if members is None else np.where(members, apart, np.inf)
-        return found, samples, victims.indices[which, apart.argmin(1)]
+        errors = mse(found, victims.images[victims.indices[which]])
+        errors = errors if members is None else np.where(members, errors, np.inf)
+        return found, errors.min(1), victims.indices[which, errors.argmin(1)]
 
     def _write(
         self,
@@ -575,8 +574,8 @@ class _Look:
     def __call__(self, chunk: optimise.Chunk) -> None:
         self._bar.update(0, chunk.start, chunk.metrics)
         done = chunk.start
-        for loss, mse in zip(chunk.metrics["loss"], chunk.metrics["mse"], strict=True):
-            self._folder.metrics.add(step=done, loss=float(loss), mse=float(mse))
+        for loss, least in zip(chunk.metrics["loss"], chunk.metrics["mse"], strict=True):
+            self._folder.metrics.add(step=done, loss=float(loss), mse=float(least))
             done += 1
         if not chunk.finite:
             return

@@ -179,13 +179,22 @@ class Attack:
     def reconstruct(self, weights: np.ndarray | Array) -> np.ndarray:
         """(S, P) -> images (S, classes, H, W, C) in [-1, 1], float32."""
         rows = class_rows(self.layout, weights)
+        found = [self._images(c, rows[:, c]) for c in range(rows.shape[1])]
+        return np.stack(found, 1)
+
+    def of(self, weights: np.ndarray | Array, labels: np.ndarray) -> np.ndarray:
+        """Return the image of one class of each head: (S, P) and (S,) -> (S, H, W, C)."""
+        rows = class_rows(self.layout, weights)
+        images = np.empty((len(rows), *self.shape), np.float32)
+        for c in np.unique(labels):
+            images[labels == c] = self._images(c, rows[labels == c, c])
+        return images
+
+    def _images(self, c: int, rows: np.ndarray) -> np.ndarray:
+        """Return the images (S, H, W, C) of a class, from its weights and biases (S, D + 1)."""
         several = len(self.regressions) > 1
-        found = [
-            self.regressions[c](rows[:, c]) if several else self.regressions[0](rows[:, c], c)
-            for c in range(rows.shape[1])
-        ]
-        images = np.stack(found, 1).reshape(*rows.shape[:2], *self.shape)
-        return np.clip(images, -1, 1).astype(np.float32)
+        found = self.regressions[c](rows) if several else self.regressions[0](rows, c)
+        return np.clip(found.reshape(-1, *self.shape), -1, 1).astype(np.float32)
 
 
 class Fitting:

@@ -101,19 +101,24 @@ def test_stored_shadow_models_train_the_same(
     assert summary(out)["source"] == "stored"
 
 
-def test_heads_that_are_not_linear_and_images_of_no_class(
-    tree: dict[str, Any], tmp_path: Path
-) -> None:
-    """Ridge needs a class's own weights; a reconstruction may be of any image of the set."""
+def test_images_of_no_class(tree: dict[str, Any], tmp_path: Path) -> None:
+    """There is one reconstruction a head, and none by ridge, which reads a class's weights."""
+    out = tmp_path / "out"
+    assert run(train_reconstructor.COMMAND, tree | {"conditional": False}, out) == 0
+    assert list(summary(out)["attackers"]) == ["network"]
+    assert summary(out)["attackers"]["network"]["samples"] == {"true": 30, "random": 30}
+
+
+def test_heads_that_are_not_linear(tree: dict[str, Any], tmp_path: Path) -> None:
+    """Ridge needs a class's own weights."""
     changed = tree | {
         "sampling": tree["sampling"] | {"positive": [1]},
         "training": {"head": "binary", "hidden": 2, "lr": 0.5, "epochs": 5, "init_std": 0.1},
-        "conditional": False,
     }
     assert run(train_reconstructor.COMMAND, changed, tmp_path / "out") == 0
     told = summary(tmp_path / "out")
     assert list(told["attackers"]) == ["network"]
-    assert told["attackers"]["network"]["samples"] == {"true": 30, "random": 30}
+    assert told["attackers"]["network"]["samples"] == {"true": 90, "random": 90}
 
 
 @pytest.mark.parametrize(
