@@ -691,8 +691,10 @@ def _first_non_finite(metrics: Mapping[str, np.ndarray]) -> tuple[int, str] | No
     return step, next(terms, "loss")
 
 
-def _scan(step: Callable, length: int) -> Callable:
-    """So many steps as one, with their infos one after the other."""
+def several(step: Callable, length: int) -> Callable:
+    """Return so many steps as one, with their infos one after the other; of one step, itself."""
+    if length == 1:
+        return step
 
     def steps(key: Array, state: Any, data: Data) -> tuple[Any, Info]:
         return lax.scan(lambda s, _: step(key, s, data), state, length=length)
@@ -714,8 +716,7 @@ def _program(step: Callable, length: int, clock: Clock, *args: Any) -> Any:
     settings = tuple(getattr(jax.config, name) for name in _ARITHMETIC)
     wanted = (length, structure, abstract, settings, backend.choices())
     if wanted not in known:
-        function = step if length == 1 else _scan(step, length)
-        known[wanted] = compile_step(function, clock, *args)
+        known[wanted] = compile_step(several(step, length), clock, *args)
     return known[wanted]
 
 

@@ -101,6 +101,22 @@ class Log:
         return np.concatenate([c.metrics[name] for c in chunks])
 
 
+def at_every_program(patch: pytest.MonkeyPatch, note: Callable[[], object]) -> None:
+    """Let `note` be called whenever a program is handed to the device."""
+    compile_step = optimise.compile_step
+
+    def compiling(*args: Any) -> Callable:
+        compiled = compile_step(*args)
+
+        def call(*args: Any) -> Any:
+            note()
+            return compiled(*args)
+
+        return call
+
+    patch.setattr(optimise, "compile_step", compiling)
+
+
 def assert_same(ours: Any, theirs: Any, tolerance: float = 0) -> None:
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
@@ -479,18 +495,7 @@ def test_states_are_given_where_they_are_wanted(loop: str) -> None:
 def test_the_device_is_at_work_during_callbacks(loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next program is handed over before a callback, and waited for after it."""
     order: list[str] = []
-    compile_step = optimise.compile_step
-
-    def compiling(*args: Any) -> Callable:
-        compiled = compile_step(*args)
-
-        def call(*args: Any) -> Any:
-            order.append("step")
-            return compiled(*args)
-
-        return call
-
-    monkeypatch.setattr(optimise, "compile_step", compiling)
+    at_every_program(monkeypatch, lambda: order.append("step"))
     optimise.run(
         *((noisy(6),), KEY, start(), jnp.asarray(0.5)),
         loop=loop,
@@ -778,23 +783,14 @@ def test_several_processes_are_asked_to_stop_between_chunks_alone(
 def test_the_python_loop_is_at_most_one_step_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """When step t + 1 has been handed over, step t is waited for."""
     order: list[str] = []
-    wait, compile_step = jax.block_until_ready, optimise.compile_step
+    wait = jax.block_until_ready
 
     def waiting(tree: Any) -> Any:
         order.append("wait")
         return wait(tree)
 
-    def compiling(*args: Any) -> Callable:
-        compiled = compile_step(*args)
-
-        def call(*args: Any) -> Any:
-            order.append("step")
-            return compiled(*args)
-
-        return call
-
     monkeypatch.setattr(jax, "block_until_ready", waiting)
-    monkeypatch.setattr(optimise, "compile_step", compiling)
+    at_every_program(monkeypatch, lambda: order.append("step"))
     run(noisy(4), loop="python", chunk=4)
     assert order == ["step", "step", "wait", "step", "wait", "step", "wait"]
 

@@ -85,17 +85,9 @@ class Steps:
         self._data, self._key = attack.data, jax.random.key(0)
         self._state = optimise.enter(attack.phases[phase], jnp.array(images, copy=True), 0)
         self._chunk = chunk if (loop or backend.choices().loop) == "scan" else 1
-
-        def steps(key: jax.Array, state: optimise.State, data: Any) -> tuple[optimise.State, Any]:
-            if self._chunk == 1:
-                return step(key, state, data)
-            return jax.lax.scan(lambda s, _: step(key, s, data), state, length=self._chunk)
-
-        start = time.perf_counter()
-        lie = jax.tree.map(lambda leaf: leaf.sharding, self._state)
-        program = jax.jit(steps, donate_argnums=1, out_shardings=(lie, None))
-        self.compiled = program.lower(self._key, self._state, self._data).compile()
-        self.compile_s = time.perf_counter() - start
+        clock, steps = optimise.Clock(), optimise.several(step, self._chunk)
+        self.compiled = optimise.compile_step(steps, clock, self._key, self._state, self._data)
+        self.compile_s = clock.compiling
 
     def run(self, steps: int) -> None:
         """Take so many steps, a multiple of the chunk, and wait until they are done."""
