@@ -49,7 +49,7 @@ from jinv.reconstruct.normalisation import Normalisation
 from jinv.reports import curves, page, reconstruction
 from jinv.runs import command, hardware
 from jinv.runs import config as configs
-from jinv.runs.progress import Progress
+from jinv.runs.progress import Progress, Stretch
 from jinv.runs.run_folder import FolderError, RunFolder
 from jinv.runs.signals import Signals
 from jinv.shadow import features, statistics
@@ -311,7 +311,7 @@ class Reconstruction(command.Loaded):
         people = learning.population(
             np.asarray(self.train.images), np.asarray(self.train.labels), self.mesh
         )
-        stage = _Stage("training", config.reconstructor.steps)
+        stage = Stretch("training", config.reconstructor.steps)
         with folder.checkpoints() as manager, Signals() as stopping, Progress([stage]) as bar:
             restored = folder.restore(
                 manager,
@@ -604,13 +604,6 @@ class _Look:
             write_atomic(picture, png)
 
         parallel.on_main(attack, FolderError)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Stage:
-    name: str
-    steps: int
-    cost: float = 1.0
 
 
 def _features(config: Config, split: str) -> features.Features:

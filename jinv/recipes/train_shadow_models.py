@@ -50,7 +50,7 @@ from jinv import checks, parallel
 from jinv.checks import Count, File, Natural, Seed
 from jinv.runs import command, hardware
 from jinv.runs import config as configs
-from jinv.runs.progress import Progress
+from jinv.runs.progress import Progress, Stretch
 from jinv.runs.run_folder import RunFolder
 from jinv.runs.signals import Interrupted, Signals
 from jinv.shadow import features, privacy, sampling, statistics, store, training
@@ -581,7 +581,7 @@ class _Watch:
         self._folder = folder
         self._models = models
         self._signals = Signals()
-        self._progress = Progress([_Stage("shadow models", models)])
+        self._progress = Progress([Stretch("shadow models", models)])
         self._began = time.perf_counter()
 
     def __enter__(self) -> _Watch:
@@ -602,13 +602,6 @@ class _Watch:
         if self._signals.number and done.models < self._models:
             after = f"{self._folder}: go on with --resume" if self._folder else "nothing was kept"
             raise Interrupted(f"stopped in seed {seed}; {after}", self._signals.number)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Stage:
-    name: str
-    steps: int
-    cost: float = 1.0
 
 
 def _features(config: Config) -> features.Features:

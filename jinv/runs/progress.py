@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 from rich.console import Console
@@ -37,6 +37,14 @@ class Stage(Protocol):
     @property
     def cost(self) -> float:
         """Cost of a step, relative to those of other stages."""
+
+
+class Stretch(NamedTuple):
+    """A `Stage` that is nothing else."""
+
+    name: str
+    steps: int
+    cost: float = 1.0
 
 
 class Progress:
