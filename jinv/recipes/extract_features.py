@@ -28,7 +28,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from jinv import checks, data, parallel, training
-from jinv.checks import Count, Natural
+from jinv.checks import Count, Natural, Positive
 from jinv.models.network import Network
 from jinv.runs import command, hardware
 from jinv.runs import config as configs
@@ -56,6 +56,8 @@ class Config:
       interpolation: to the network's size and to `images_size`.
       batch: images at once.
       dtype: of the network's arithmetic; features are written in float32.
+      scale: features are multiplied by this. A linear head learns as fast as its learning rate
+        times their squared norm, and does not learn at all where that is too much.
     """
 
     network: Network
@@ -65,6 +67,7 @@ class Config:
     interpolation: features.Interpolation = "bicubic"
     batch: Count = 256
     dtype: features.DType = "float32"
+    scale: Positive = 1.0
 
     def __post_init__(self) -> None:
         checks.fields(self)
@@ -206,6 +209,7 @@ class Extraction(command.Loaded):
                 images_size=config.images_size,
                 interpolation=config.interpolation,
                 dtype=config.dtype,
+                scale=config.scale,
                 clock=folder.clock,
             ):
                 parallel.on_main(lambda: writers[0].add(block), FolderError)  # noqa: B023

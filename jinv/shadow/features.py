@@ -101,15 +101,16 @@ def extract(
     images_size: int | None = None,
     interpolation: Interpolation = "bicubic",
     dtype: DType = "float32",
+    scale: float = 1.0,
 ) -> Features:
     """Return all features of a data set, in memory.
 
     Args:
       net: whose features.
       dataset: the images.
-      batch, mesh, images_size, interpolation, dtype: see `blocks`.
+      batch, mesh, images_size, interpolation, dtype, scale: see `blocks`.
     """
-    how: dict[str, Any] = {"interpolation": interpolation, "dtype": dtype}
+    how: dict[str, Any] = {"interpolation": interpolation, "dtype": dtype, "scale": scale}
     found = blocks(net, dataset, batch=batch, mesh=mesh, images_size=images_size, **how)
     parts = [block.arrays() for block in found]
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -138,6 +139,7 @@ def blocks(
     images_size: int | None = None,
     interpolation: Interpolation = "bicubic",
     dtype: DType = "float32",
+    scale: float = 1.0,
     clock: optimise.Clock | None = None,
 ) -> Iterator[Block]:
     """The input of the network's classifier, a batch of images after the other.
@@ -154,6 +156,7 @@ def blocks(
       images_size: side of the images that are kept; None for their own size, 0 to keep none.
       interpolation: for both sizes; antialiased when shrinking.
       dtype: of the network's arithmetic.
+      scale: of the features, see `jinv.recipes.extract_features.Config`.
       clock: told where the time went.
 
     Raises:
@@ -169,7 +172,7 @@ def blocks(
     began = time.perf_counter()
     variables = parallel.put(mesh, PartitionSpec(), net.variables)
     spread = PartitionSpec(parallel.BATCH)
-    compiled = _compiled(net, variables, shape, mesh, resized, interpolation, dtype)
+    compiled = _compiled(net, variables, shape, mesh, resized, interpolation, dtype, scale)
     clock.compiling += time.perf_counter() - began
 
     def fetched(first: int, outputs: Any) -> Block:
@@ -211,10 +214,11 @@ def _compiled(
     resized: int | None,
     interpolation: Interpolation,
     dtype: DType,
+    scale: float,
 ) -> Callable[[Variables, Array], tuple[Array, Array | None]]:
     """Return (variables, bytes) -> (features, images of the size that is kept), compiled."""
     known = _PROGRAMS.setdefault(net, {})
-    wanted = (shape, mesh, resized, interpolation, dtype)
+    wanted = (shape, mesh, resized, interpolation, dtype, scale)
     if wanted not in known:
         apply, space = net.apply, net.preprocessing  # not the network, which would keep itself
 
@@ -223,7 +227,7 @@ def _compiled(
             outputs = apply(variables, image.from_bytes(seen, space).astype(dtype))
             assert outputs.features is not None
             kept = image.resize_bytes(images, resized, interpolation) if resized else None
-            return outputs.features.astype(jnp.float32), kept
+            return scale * outputs.features.astype(jnp.float32), kept
 
         spread = NamedSharding(mesh, PartitionSpec(parallel.BATCH))
         example = jax.ShapeDtypeStruct(shape, np.uint8, sharding=spread)

@@ -125,6 +125,11 @@ def test_arithmetic_in_bfloat16_is_near(net: Net) -> None:
     assert 0 < np.abs(half.features - whole.features).max() < 0.03 * scale
 
 
+def test_features_are_scaled(net: Net) -> None:
+    whole, half = extract(net, dataset()), extract(net, dataset(), scale=0.5)
+    np.testing.assert_array_equal(half.features, whole.features / 2)
+
+
 def test_blocks_come_in_order_and_are_timed(net: Net) -> None:
     clock = optimise.Clock()
     found = list(features.blocks(net, dataset(11), batch=4, mesh=MESH, clock=clock))
