@@ -172,8 +172,9 @@ def make_starts(steps: int, momentum: float) -> Callable[..., Array]:
             return seen(inside @ inside.T + left * jnp.eye(classes), moved.others["bias"])
 
         drawn = jax.vmap(of_draw)(jnp.asarray(prior.draws), jnp.asarray(prior.normal))
-        found = jax.vmap(lambda w, b: seen(w @ w.T, b))(weights, bias)
         usable = jnp.isfinite(drawn).all(1, keepdims=True)
+        weights = after(weights, jnp.where(usable, drawn, 0))
+        found = jax.vmap(lambda w, b: seen(w @ w.T, b))(weights, bias)
         count = usable.sum()
         mean = jnp.where(usable, drawn, 0).sum(0) / count
         scale = jnp.sqrt(jnp.where(usable, jnp.square(drawn - mean), 0).sum(0) / count)
@@ -288,6 +289,16 @@ def make_fit(steps: int, momentum: float) -> Callable[..., Fit]:
         return Fit(moved.rows, split(unknown)[0], noise, total, alone, moved.loss)
 
     return fit
+
+
+def after(x: Array, other: Array) -> Array:
+    """Return x, but not before `other` is there.
+
+    On CPUs jaxlib's decompositions of many matrices share their work among XLA's threads and wait
+    for it, on such a thread themselves: as many at once as there are threads wait forever. So there
+    must be one after the other.
+    """
+    return x + 0 * other.sum()
 
 
 def _cholesky(prior: GramPrior, unknown: Array, examples: int) -> Array:

@@ -541,6 +541,7 @@ def _reading(
         posterior = jnp.maximum(posterior + own * shift, 0)
         variance -= jnp.square(own) * saved
     apart = jnp.sqrt(counts)[:, None] * class_means @ basis
+    apart = gram.after(apart, averages)
     unsure = jnp.square(gain) * _unsure(measured, total, apart, jnp.square(rows).mean())
     unsure = unsure @ jnp.square(basis).T
     variance += jnp.square(mixing[:, :rank]) @ unsure
