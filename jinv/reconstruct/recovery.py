@@ -250,8 +250,11 @@ def recover(
     if reason:
         raise ValueError(f"no exact recovery: {reason}")
     fits = fit_all(weights, bias, config, labels, prior, chunk)
+    # Where no fit was found, nothing is known but the prior.
+    found = np.isfinite(fits.squares) & np.isfinite(fits.rows).all((1, 2))
+    rows = np.where(found[:, None, None], fits.rows, 0)
     read = _reader(len(labels), prior)
-    arrays = (weights, fits.rows, fits.noise)
+    arrays = (weights, rows, fits.noise)
     parts = [
         jax.device_get(read(*(np.asarray(a, np.float32) for a in part), labels))
         for part, _ in _chunks(arrays, min(chunk, len(weights)))
@@ -268,7 +271,7 @@ def recover(
         means,
         mean_variances,
         expected,
-        _misfit(np.asarray(fits.squares), config.classes),
+        _misfit(np.where(found, fits.squares, np.inf), config.classes),
         (unmoved + rounding) / (np.square(fits.noise) + rounding),
         np.asarray(fits.loss),
     )
