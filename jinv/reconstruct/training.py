@@ -114,7 +114,13 @@ squared error against the images that each reconstruction may be of.
 
 
 class Source(Protocol):
-    """Where shadow models come from."""
+    """Where shadow models come from, or single features in their place.
+
+    Attributes:
+      seconds: that the host waited for them.
+    """
+
+    seconds: float
 
     @property
     def sets(self) -> int:
@@ -177,6 +183,21 @@ class Stored:
         found = self.store.read(seed), self.draw(seed).indices
         self.seconds += time.perf_counter() - began
         return found
+
+
+def batches(source: Source, config: Config) -> int:
+    """Return the number of steps that a seed is enough for.
+
+    Raises:
+      ValueError: for none.
+    """
+    found = source.sets // config.batch
+    if not found:
+        raise ValueError(
+            f"seeds of {source.sets} shadow models fill no batch of {config.batch}: lower "
+            "reconstructor.batch"
+        )
+    return found
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
@@ -336,9 +357,7 @@ def run(
         reconstructor takes.
       optimise.NonFiniteError: after the callback has seen the finite steps.
     """
-    each = source.sets // config.batch
-    if not each:
-        raise ValueError(f"seeds of {source.sets} shadow models fill no batch of {config.batch}")
+    each = batches(source, config)
     if len(normalisation.varying) != reconstructor.config.inputs:
         raise ValueError(
             f"the reconstructor takes {reconstructor.config.inputs} numbers, but "
