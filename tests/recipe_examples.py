@@ -95,6 +95,12 @@ def train_reconstructor(folder: Path) -> dict[str, Any]:
     }
 
 
+def attack_heads(folder: Path) -> dict[str, Any]:
+    shared = train_reconstructor(folder)
+    keys = ("features", "sampling", "training", "execution", "statistics", "victims")
+    return {key: shared[key] for key in keys}
+
+
 EXAMPLES = {
     "invert": invert,
     "invert-gradients": invert_gradients,
@@ -102,4 +108,5 @@ EXAMPLES = {
     "extract-features": extract_features,
     "train-shadow-models": train_shadow_models,
     "train-reconstructor": train_reconstructor,
+    "attack-heads": attack_heads,
 }

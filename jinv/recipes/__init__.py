@@ -14,6 +14,7 @@ RECIPES = (
     "extract-features",
     "train-shadow-models",
     "train-reconstructor",
+    "attack-heads",
 )
 """Names of the commands that run recipes; each is the `COMMAND` of a file here."""
 

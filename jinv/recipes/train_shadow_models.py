@@ -200,13 +200,13 @@ class Production(command.Loaded):
         own = _features(config)
         drawn = config.sampling.draw(own.labels, 0)
         examples = drawn.indices.shape[1]
-        _check_labels(config, drawn)
+        check_labels(config.training, drawn)
         settled = privacy.resolved(config.training, examples)
         config = dataclasses.replace(config, training=settled)
         self.config = config
         self.part = part
         self.again = again
-        self.privacy = _promised(settled, examples)
+        self.privacy = promised(settled, examples)
         self.labels = own.labels
         self._drawn = drawn  # seed 0's, for a trial
         self.examples = examples
@@ -221,14 +221,7 @@ class Production(command.Loaded):
             restarts=config.restarts,
             execution=config.execution,
         )
-        tree = configs.plain(config)
-        origin = {
-            name: tree[name] for name in ("split", "sampling", "training", "restarts", "seed")
-        }
-        origin["fingerprint"] = own.fingerprint
-        self.metadata = store.Metadata(
-            self.factory.layout, config.sampling.sets, config.seeds, config.dtype, origin
-        )
+        self.metadata = metadata(config, self.factory.layout, own.fingerprint)
         self.held_out = self._held_out(own)
         layout = self.factory.layout
 
@@ -614,9 +607,24 @@ def _features(config: Config) -> features.Features:
     return own
 
 
-def _check_labels(config: Config, drawn: Sets) -> None:
-    kind = config.training.head
-    classes = config.training.classes if kind == "linear" else 2
+def metadata(config: Config, layout: store.Layout, fingerprint: str) -> store.Metadata:
+    """Return what a store says of its models.
+
+    Args:
+      config: of the models, with the noise that their privacy needs.
+      layout: of their weights.
+      fingerprint: of the features that they are trained on.
+    """
+    tree = configs.plain(config)
+    origin = {name: tree[name] for name in ("split", "sampling", "training", "restarts", "seed")}
+    origin["fingerprint"] = fingerprint
+    return store.Metadata(layout, config.sampling.sets, config.seeds, config.dtype, origin)
+
+
+def check_labels(config: Training, drawn: Sets) -> None:
+    """Raise ValueError if heads do not know the labels that they shall learn."""
+    kind = config.head
+    classes = config.classes if kind == "linear" else 2
     if not 0 <= drawn.labels.min() <= drawn.labels.max() < classes:
         raise ValueError(
             f"labels are {drawn.labels.min()} to {drawn.labels.max()}, the {kind} head knows "
@@ -624,8 +632,8 @@ def _check_labels(config: Config, drawn: Sets) -> None:
         )
 
 
-def _promised(config: Training, examples: int) -> dict[str, Any] | None:
-    """Return what the summary says of privacy."""
+def promised(config: Training, examples: int) -> dict[str, Any] | None:
+    """Return what a summary says of privacy."""
     if config.privacy is None:
         return None
     steps = config.steps(examples)

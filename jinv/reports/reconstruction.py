@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -246,3 +247,192 @@ def sections(
                 )
             )
     return found
+
+
+def recovery_sections(told: Mapping[str, Any]) -> list[page.Section]:
+    """Return the sections on exact recovery.
+
+    Args:
+      told: as the summary of `jinv attack-heads` tells it.
+    """
+    rows = [
+        ("error of features", f"{told['error']:.3f}"),
+        ("as expected from the weights", f"{told['predicted']:.3f}"),
+        ("heads that are believed", f"{100 * told['believed']:.1f} %"),
+        ("random weights that are believed", f"{100 * told['random_believed']:.1f} %"),
+    ]
+    identified = told["identified"]
+    if identified is not None:
+        among = f"first of {identified['candidates']} candidates"
+        rows += [
+            (f"true image {among}", f"{100 * identified['first']:.1f} %"),
+            (
+                "or among as many as its class has examples",
+                f"{100 * identified['first_of_class']:.1f} %",
+            ),
+        ]
+        membership = identified["membership"]
+        for at, rate in membership["tpr_at_fpr"].items():
+            low, high = membership["intervals"][at]
+            rows.append(
+                (f"membership: TPR at FPR {at}", f"{rate:.3g} [{low:.3g}, {high:.3g}]"),
+            )
+    return [
+        page.Section(
+            "Exact recovery",
+            page.Table(("", ""), rows),
+            "Errors are relative to that of the class mean: 0 is perfect, 1 no better.",
+        ),
+        page.Section(
+            "Calibration",
+            page.Figure(_calibration(told["calibration"]), "Measured against predicted errors"),
+            "Error of recovered features as measured, against what the weights alone promise.",
+        ),
+    ]
+
+
+def _calibration(bins: Sequence[Mapping[str, float]]) -> bytes:
+    """Draw measured against predicted errors, as adaptive SVG."""
+    matplotlib = load_matplotlib()
+    predicted, measured = ([one[key] for one in bins] for key in ("predicted", "measured"))
+    with matplotlib.rc_context(STYLE):
+        figure = matplotlib.figure.Figure((3.4, 2.8))
+        figure.set_layout_engine("constrained")
+        axis = figure.subplots()
+        frame(axis, "measured error")
+        most = 1.05 * max(*predicted, *measured)
+        axis.plot([0, most], [0, most], color=MUTED, linewidth=0.8, dashes=(3, 3))
+        axis.plot(predicted, measured, "o", color=CURVE, markersize=4)
+        axis.set_xlim(0, most)
+        axis.set_ylim(0, most)
+        axis.set_xlabel("predicted error", color=MUTED)
+        return svg(figure)
+
+
+# Settings that are compared -----------------------------------------------------------------------
+
+Found = Mapping[str, Sequence[Mapping[str, Any]]]
+"""Variant -> summaries of `jinv attack-heads`, of its trials."""
+
+_AT = "0.01"
+
+
+def rates(trials: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return attacker -> TPR at FPR 1 %, mean over the trials that have it."""
+    names = dict.fromkeys(name for trial in trials for name in trial["attackers"])
+    return {
+        name: float(
+            np.mean(
+                [t["attackers"][name]["tpr_at_fpr"][_AT] for t in trials if name in t["attackers"]]
+            )
+        )
+        for name in names
+    }
+
+
+def sweep_curves(found: Found) -> bytes | None:
+    """Draw a panel a family of variants "NAME NUMBER": TPR at FPR 1 % of every attacker, as SVG.
+
+    Bars are the 95 % intervals of a single trial. None without families.
+    """
+    families: dict[str, dict[float, Sequence[Mapping[str, Any]]]] = {}
+    for name, trials in found.items():
+        match = re.fullmatch(r"(.*\S)\s+([0-9.]+(?:e-?[0-9]+)?)", name)
+        if match:
+            families.setdefault(match[1], {})[float(match[2])] = trials
+    if not families:
+        return None
+    matplotlib = load_matplotlib()
+    attackers = list(dict.fromkeys(name for trials in found.values() for name in rates(trials)))
+    columns = min(3, len(families))
+    rows = math.ceil(len(families) / columns)
+    with matplotlib.rc_context(STYLE):
+        figure = matplotlib.figure.Figure((3.4 * columns, 2.5 * rows))
+        figure.set_layout_engine("constrained", w_pad=0.05, h_pad=0.08)
+        axes = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axis in axes[len(families) :]:
+            axis.set_axis_off()
+        for axis, (family, points) in zip(axes, families.items(), strict=False):
+            frame(axis, "TPR at FPR 1 %")
+            numbers = sorted(points)
+            for i, attacker in enumerate(attackers):
+                color = list(SERIES)[i % len(SERIES)]
+                known = [x for x in numbers if attacker in rates(points[x])]
+                axis.plot(
+                    known,
+                    [rates(points[x])[attacker] for x in known],
+                    "o",
+                    linestyle=_DASHES[i // len(SERIES) % len(_DASHES)],
+                    color=color,
+                    linewidth=1.4,
+                    markersize=3.5,
+                    label=attacker,
+                )
+                for x in known if all(len(points[x]) == 1 for x in known) else ():
+                    ends = points[x][0]["attackers"][attacker]["intervals"][_AT]
+                    axis.plot([x, x], ends, color=color, linewidth=1)
+            if min(numbers) > 0 and max(numbers) >= 8 * min(numbers):
+                axis.set_xscale("log")
+            axis.set_xticks(numbers, [f"{x:g}" for x in numbers])
+            axis.minorticks_off()
+            axis.set_ylim(0, 1.03)
+            axis.set_xlabel(family, color=MUTED)
+        _legend(axes[0], "best")
+        return svg(figure)
+
+
+def study_page(found: Found, svg: bytes | None) -> page.Page:
+    """Return the page of settings that are compared.
+
+    Args:
+      found: their summaries.
+      svg: of `sweep_curves`.
+    """
+    attackers = list(dict.fromkeys(name for trials in found.values() for name in rates(trials)))
+    rows = []
+    for name, trials in found.items():
+        own = rates(trials)
+        read = [t["recovery"] for t in trials if t["recovery"] is not None]
+        identified = [r["identified"]["first"] for r in read if r["identified"] is not None]
+        private = trials[0]["privacy"] or {}
+        bounds = private.get("bound") or {}
+        rows.append(
+            (
+                name,
+                *(page.cell([own.get(attacker)]) for attacker in attackers),
+                page.cell([float(np.mean([r["error"] for r in read])) if read else None]),
+                page.cell([float(np.mean(identified)) if identified else None]),
+                page.cell([float(np.mean([t["accuracy"] for t in trials]))]),
+                page.cell([private.get("epsilon")]),
+                page.cell([bounds.get(_AT)]),
+            )
+        )
+    header = (
+        "setting",
+        *attackers,
+        "error of recovered features",
+        "image identified",
+        "heads' accuracy",
+        "epsilon",
+        "bound",
+    )
+    body = [
+        page.Section(
+            "Settings",
+            page.Table(header, rows),
+            "TPR at FPR 1 % of every attacker; where one has no number, it does not apply. The "
+            "bound is the most that any attack's TPR can be, by differential privacy.",
+        )
+    ]
+    if svg is not None:
+        body.append(page.Section("Curves", page.Figure(svg, "TPR against the settings")))
+    reasons = {
+        (name, attacker): reason
+        for name, trials in found.items()
+        for attacker, reason in trials[0]["not_available"].items()
+    }
+    if reasons:
+        told = [(name, attacker, reason) for (name, attacker), reason in reasons.items()]
+        table = page.Table(("setting", "attacker", "why"), told)
+        body.append(page.Section("Not available", table))
+    return page.Page("Attacks on heads", body, f"{len(found)} settings.")

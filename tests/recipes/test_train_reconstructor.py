@@ -8,15 +8,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 import yaml
 
 import recipe_examples
-import weights_convert
 from jinv.recipes import train_reconstructor, train_shadow_models
-from jinv.reconstruct import network, training
+from jinv.reconstruct import network, trained
 from jinv.runs import command_line
 from jinv.runs import config as configs
 from jinv.shadow import features
@@ -47,7 +45,7 @@ def summary(out: Path) -> dict[str, Any]:
 def test_it_writes_what_it_promises(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = summary(finished)
     assert set(told) == {field.name for field in dataclasses.fields(train_reconstructor.Summary)}
-    assert told["shadow_models"] == 6 * 4
+    assert (told["input"], told["examples"]) == ("weights", 6 * 4)
     assert told["source"] == "made"
     assert told["victims"] == 30
     assert list(told["attackers"]) == ["network", "ridge"]
@@ -72,16 +70,12 @@ def test_ridge_knows_the_heads(tree: dict[str, Any], finished: Path) -> None:
 
 def test_its_weights_make_the_reconstructor_again(tree: dict[str, Any], finished: Path) -> None:
     told = summary(finished)
-    net = network.make(network.Config(told["inputs"], tree["width"], classes=3))
-    shapes = net.init(jax.random.key(0))
-    variables = weights_convert.to_flax(
-        weights_convert.read(finished / train_reconstructor.WEIGHTS), shapes
-    )
-    x = np.zeros((2, told["inputs"]), np.float32)
-    images = training.reconstruct(net, variables, x, np.array([0, 2]), batch=2)
-    assert images.shape == (2, 32, 32, 1)
+    own = trained.load(finished)
+    assert own.origin.network == network.Config(told["inputs"], tree["width"], classes=3)
+    images = own.of_weights(np.zeros((2, told["heads"]), np.float32))
+    assert images.shape == (2, 3, 32, 32, 1)
     assert np.abs(images).max() <= 1
-    with np.load(finished / train_reconstructor.NORMALISATION) as kept:
+    with np.load(finished / "statistics.npz") as kept:
         assert int(kept["count"]) == 4 * 20
         assert kept["covariance"].shape == (told["heads"], told["heads"])
 
@@ -95,10 +89,21 @@ def test_stored_shadow_models_train_the_same(
     assert run(train_shadow_models.COMMAND, shadows | {"seeds": 2}, folder) == 0
     out = tmp_path / "out"
     assert run(train_reconstructor.COMMAND, tree | {"shadows": str(folder)}, out) == 0
-    name = train_reconstructor.WEIGHTS
+    name = trained.WEIGHTS
     assert (out / name).read_bytes() == (finished / name).read_bytes()
     assert (out / "metrics.csv").read_bytes() == (finished / "metrics.csv").read_bytes()
     assert summary(out)["source"] == "stored"
+
+
+def test_from_recovered_features(tree: dict[str, Any], tmp_path: Path) -> None:
+    """It learns from single images' features, and attacks with those that recovery finds."""
+    out = tmp_path / "decoder"
+    assert run(train_reconstructor.COMMAND, tree | {"input": "features"}, out) == 0
+    told = summary(out)
+    assert (told["input"], told["inputs"], told["examples"]) == ("features", 16, 6 * 4)
+    assert list(told["attackers"]) == ["network", "ridge", "recovery"]
+    images = trained.load(out).of_features(np.zeros((2, 3, 16), np.float32))
+    assert images.shape == (2, 3, 32, 32, 1)
 
 
 def test_images_of_no_class(tree: dict[str, Any], tmp_path: Path) -> None:
@@ -125,12 +130,25 @@ def test_heads_that_are_not_linear(tree: dict[str, Any], tmp_path: Path) -> None
     ("change", "message"),
     [
         ({"reconstructor": {"batch": 21}}, "20 shadow models fill no batch of 21"),
-        ({"sampling": {"class_size": 21, "sets": 1}}, "need 21 examples of class 0"),
+        (
+            {"sampling": {"class_size": 21, "sets": 1}},
+            "20 images, fewer than sampling.class_size",
+        ),
         ({"sampling": {"kind": "random_labels", "classes": 3, "sets": 4}}, "balanced sets alone"),
         ({"training": {"classes": 2}}, "labels are 0 to 2, the linear head knows 2 classes"),
         ({"features": "/nowhere"}, "/nowhere"),
         ({"shadows": "/nowhere"}, "/nowhere"),
         ({"victims": 0}, "victims"),
+        ({"input": "features", "shadows": "x"}, "shadows"),
+        ({"error": 0.1}, "error"),
+        (
+            {"input": "features", "training": {"classes": 3, "optimizer": "adam"}},
+            "features cannot be had from these heads: Adam",
+        ),
+        (
+            {"knowledge": {"sampling": {"kind": "random_labels", "classes": 3, "sets": 4}}},
+            "set conditional: false",
+        ),
         ({"width": 0}, "width"),
     ],
 )

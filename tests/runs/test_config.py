@@ -10,6 +10,7 @@ import pytest
 
 from conftest import ROOT
 from jinv.recipes import (
+    attack_heads,
     extract_features,
     invert,
     invert_gradients,
@@ -143,6 +144,8 @@ COMMANDS = {
     "features": extract_features.COMMAND,
     "shadow": train_shadow_models.COMMAND,
     "reconstructor": train_reconstructor.COMMAND,
+    "decoder": train_reconstructor.COMMAND,
+    "attack": attack_heads.COMMAND,
     "gradients": invert_gradients.COMMAND,
 }
 
