@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+import weights_convert
 from jinv.shadow import features
 
 
@@ -101,6 +102,45 @@ def attack_heads(folder: Path) -> dict[str, Any]:
     return {key: shared[key] for key in keys}
 
 
+def reconstruct(folder: Path) -> dict[str, Any]:
+    shared = train_reconstructor(folder)
+    rng = np.random.default_rng(0)
+    own = features.load(folder / "train")
+    for i in range(3):
+        chosen = own.features[[3 * i, 3 * i + 1, 3 * i + 2]]
+        weight, bias = linear_head(rng, chosen, np.arange(3), shared["training"] | SMALL)
+        state = {"weight": weight.astype(np.float32), "bias": bias.astype(np.float32)}
+        weights_convert.write(folder / f"head_{i}.safetensors", state)
+    return {
+        "heads": [str(folder / f"head_{i}.safetensors") for i in range(3)],
+        "features": shared["features"],
+        "candidates": str(folder / "train"),
+        "lr": [0.05],
+        "epochs": [10],
+        "weight_decay": [0.0],
+        "init_std": 1e-3,
+    }
+
+
+SMALL = {"lr": 0.05, "init_std": 1e-3}
+
+
+def linear_head(
+    rng: np.random.Generator, x: np.ndarray, labels: np.ndarray, training: dict[str, Any]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Train a linear head by plain NumPy, full batch, without weight decay."""
+    wanted = np.eye(labels.max() + 1)[labels]
+    weight = training["init_std"] * rng.standard_normal((wanted.shape[1], x.shape[1]))
+    bias = np.zeros(len(weight))
+    for _ in range(training["epochs"]):
+        logits = x @ weight.T + bias
+        likely = np.exp(logits - logits.max(1, keepdims=True))
+        error = (likely / likely.sum(1, keepdims=True) - wanted) / len(x)
+        weight -= training["lr"] * error.T @ x
+        bias -= training["lr"] * error.sum(0)
+    return weight, bias
+
+
 EXAMPLES = {
     "invert": invert,
     "invert-gradients": invert_gradients,
@@ -109,4 +149,5 @@ EXAMPLES = {
     "train-shadow-models": train_shadow_models,
     "train-reconstructor": train_reconstructor,
     "attack-heads": attack_heads,
+    "reconstruct": reconstruct,
 }

@@ -15,6 +15,7 @@ RECIPES = (
     "train-shadow-models",
     "train-reconstructor",
     "attack-heads",
+    "reconstruct",
 )
 """Names of the commands that run recipes; each is the `COMMAND` of a file here."""
 

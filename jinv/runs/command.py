@@ -112,6 +112,7 @@ class Command(Generic[C]):
       free: beginnings of the keys that a resumed run may change: they have no influence on what is
         computed, but perhaps on what is said of it.
       less: flags to try where memory does not suffice.
+      standalone: its keys may all come from the command line, without a config.
       flags: adds flags of its own to the parser.
       load_with_flags: (config, flags) -> `Loaded`, or None if the flags left nothing to run; for
         commands with flags of their own.
@@ -129,6 +130,7 @@ class Command(Generic[C]):
     study: type | None = None
     free: tuple[str, ...] = FREE
     less: str = "a smaller batch"
+    standalone: bool = False
     flags: Callable[[argparse.ArgumentParser], None] = lambda parser: None
     load_with_flags: Callable[[C, argparse.Namespace], Loaded | None] | None = None
 

@@ -31,9 +31,10 @@ def main(command: Command, arguments: Sequence[str] | None = None) -> int:
     def everything() -> None:
         flags, rest = _flags(command, arguments)
         hardware.check_installed()
-        tree = configs.read_yaml(configs.find(flags.config))
+        tree = {} if flags.config is None else configs.read_yaml(configs.find(flags.config))
         variants = _variants(tree)
-        config = _override(command, command.recipe_from(tree), flags, rest)
+        recipe = None if flags.config is None else command.recipe_from(tree)
+        config = _override(command, recipe, flags, rest)
         parallel.start(flags.coordinator, flags.processes, flags.process_id)
         _run(command, config, variants, flags)
 
@@ -112,7 +113,8 @@ def _flags(
     command.flags(parser)
     flags, rest = parser.parse_known_args(arguments)
     wants_help = {"-h", "--help"} & set(rest)
-    if flags.config is None:
+    alone = command.standalone and rest and not wants_help
+    if flags.config is None and not alone:
         parser.print_help()
         sys.exit(0 if wants_help else 2)
     if flags.out is None and not wants_help:
@@ -128,14 +130,18 @@ def _variants(tree: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {str(name): changes for name, changes in variants.items()}
 
 
-def _override(command: Command, config: Any, flags: argparse.Namespace, rest: list[str]) -> Any:
-    """Return the config with the overrides of the command line."""
+def _override(
+    command: Command, config: Any | None, flags: argparse.Namespace, rest: list[str]
+) -> Any:
+    """Return the config with the overrides of the command line, or what this alone says."""
     configs.check_flags(rest)
+    given = {} if config is None else {"default": config}
+    named = "" if config is None else f" --config {flags.config}"
     return tyro.cli(
-        type(config),
-        default=config,
+        command.config,
+        **given,
         args=rest,
-        prog=f"jinv {command.name} --config {flags.config} --out FOLDER",
+        prog=f"jinv {command.name}{named} --out FOLDER",
         description="Overrides of the config.",
         config=(tyro.conf.AvoidSubcommands,),
     )

@@ -208,7 +208,8 @@ def test_no_program_is_compiled_twice(
         for record in caplog.records
         if record.getMessage().startswith("Compiling ")
     )
-    assert told, "JAX has another way to say it now"
+    # Its programs are kept as long as the process lives.
+    assert told or name == "reconstruct", "JAX has another way to say it now"
     own = {program for program in told if not re.match(_JAXS_OWN, program)}
     assert [program for program in own if told[program] > 1] == []
 
