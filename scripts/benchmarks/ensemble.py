@@ -57,7 +57,7 @@ class InTurn:
 
 def steps_of(attack: deepinversion.Attack, images: np.ndarray, chunk: int) -> timing.Steps:
     """Of images that lie on the attack's devices."""
-    return timing.Steps(attack, _laid(attack, jnp.asarray(images)), chunk=chunk)
+    return timing.Steps.of(attack, _laid(attack, jnp.asarray(images)), chunk=chunk)
 
 
 def _laid(attack: deepinversion.Attack, images: jax.Array) -> jax.Array:
@@ -117,7 +117,7 @@ def against_torch(case: Case, repeats: int, steps: int) -> Iterator[dict]:
     difference = abs(first_loss(nets, case, images, targets) / expected - 1)
     if not difference < 1e-4:
         sys.exit(f"{case}: PyTorch does not compute the same: they differ by {difference:.1e}")
-    rounds = timing.take_turns(attack, jnp.asarray(images), peers, repeats, steps)
+    rounds = timing.take_turns(steps_of(attack, images, steps), peers, repeats, steps)
     for name in peers:
         checked = {"loss_difference": difference} if name == "pytorch_frozen" else {}
         yield timing.row(str(case), name, rounds, **checked)
@@ -146,7 +146,7 @@ def placed(case: Case, repeats: int, steps: int) -> Iterator[dict]:
         ),
     }
     attack = attack_on(nets, case, targets, total, ensemble.Execution(devices, "networks"))
-    rounds = timing.take_turns(attack, _laid(attack, jnp.asarray(images)), peers, repeats, steps)
+    rounds = timing.take_turns(steps_of(attack, images, steps), peers, repeats, steps)
     for name in peers:
         yield timing.row(f"{case} on {devices} devices", name, rounds)
 
@@ -164,7 +164,7 @@ def lean(case: Case, repeats: int, steps: int) -> Iterator[dict]:
         for name, value in (("networks_at_once", None), ("images_at_once", 2))
     }
     peers = {name: steps_of(other, images, steps) for name, other in attacks.items()}
-    rounds = timing.take_turns(attack, jnp.asarray(images), peers, repeats, steps)
+    rounds = timing.take_turns(steps_of(attack, images, steps), peers, repeats, steps)
     for name, other in attacks.items():
         memory = {"ours_mib": timing.step_mib(attack), "peer_mib": timing.step_mib(other)}
         yield timing.row(str(case), name, rounds, **memory)

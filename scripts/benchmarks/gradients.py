@@ -327,10 +327,11 @@ def measure(case: Case, repeats: int, steps: int) -> Iterator[dict]:
         alone = dataclasses.replace(config, seeds=1)
         one = our_attack(alone, net, torch_net, given)
         peers["single_seeds"] = InTurn(
-            [timing.Steps(one, jnp.asarray(each[None]), chunk=steps) for each in given.initial]
+            [timing.Steps.of(one, jnp.asarray(each[None]), chunk=steps) for each in given.initial]
         )
     attack = our_attack(config, net, torch_net, given)
-    found = timing.take_turns(attack, jnp.asarray(given.initial), peers, repeats, steps)
+    ours = timing.Steps.of(attack, jnp.asarray(given.initial), chunk=steps)
+    found = timing.take_turns(ours, peers, repeats, steps)
     rounds = [
         timing.Round(r.ours / case.seeds, {k: v / case.seeds for k, v in r.peers.items()}, r.others)
         for r in found
@@ -350,8 +351,10 @@ def lean(case: Case, execution: dict[str, Any], repeats: int, steps: int) -> Ite
     shared = (recipe(case, steps * (1 + 3 * repeats)), net, torch_net, given)
     attack, other = our_attack(*shared), our_attack(*shared, **execution)
     name = ", ".join(f"{option}={value}" for option, value in execution.items())
-    peers = {name: timing.Steps(other, jnp.asarray(given.initial), chunk=steps)}
-    rounds = timing.take_turns(attack, jnp.asarray(given.initial), peers, repeats, steps)
+    ours, peer = (
+        timing.Steps.of(each, jnp.asarray(given.initial), chunk=steps) for each in (attack, other)
+    )
+    rounds = timing.take_turns(ours, {name: peer}, repeats, steps)
     memory = {"ours_mib": timing.step_mib(attack), "peer_mib": timing.step_mib(other)}
     yield timing.row(f"lean {case}", name, rounds, **memory)
 

@@ -197,7 +197,8 @@ def measure(case: Case, peers: tuple[str, ...], repeats: int, steps: int) -> Ite
     }
     checked = differences(case, sides, torch_net, net, images, targets)
     attack = our_attack(net, case, targets, deepinversion.Phase(total, jitter=JITTER))
-    rounds = timing.take_turns(attack, jnp.asarray(images), sides, repeats, steps)
+    ours = timing.Steps.of(attack, jnp.asarray(images), chunk=steps)
+    rounds = timing.take_turns(ours, sides, repeats, steps)
     for name in peers:
         yield timing.row(str(case), name, rounds, **checked[name])
 

@@ -26,6 +26,7 @@ QUIET = 0.1
 
 
 Attack = deepinversion.Attack | gradient_inversion.Attack
+Loop = Literal["python", "scan"]
 
 
 class Peer(Protocol):
@@ -57,7 +58,7 @@ class Round:
 
 
 class Steps:
-    """Steps of a phase of an attack without what `optimise.run` does between them.
+    """Steps of an attack or a training without what `optimise.drive` does between them.
 
     Attributes:
       compiled: the program, of one step or of a chunk.
@@ -66,28 +67,47 @@ class Steps:
 
     def __init__(
         self,
-        attack: Attack,
-        images: jax.Array,
-        loop: Literal["python", "scan"] | None = None,
+        step: Callable,
+        state: Any,
+        data: Any,
+        loop: Loop | None = None,
         chunk: int = 10,
-        phase: int = 0,
     ) -> None:
         """Compile them.
 
         Args:
-          attack: whose steps are taken.
-          images: initial, lying where the attack wants them; they stay as they are.
-          loop: one program a step, or a chunk; by default as `optimise.run` would.
+          step: `(key, state, data) -> (state, info)`.
+          state: before the first; taken over.
+          data: that every step is told.
+          loop: one program a step, or a chunk; by default as `optimise.drive` would.
           chunk: steps of a scan.
-          phase: whose steps.
         """
-        step = attack.phases[phase].step
-        self._data, self._key = attack.data, jax.random.key(0)
-        self._state = optimise.enter(attack.phases[phase], jnp.array(images, copy=True), 0)
+        self._data, self._key, self._state = data, jax.random.key(0), state
         self._chunk = chunk if (loop or backend.choices().loop) == "scan" else 1
         clock, steps = optimise.Clock(), optimise.several(step, self._chunk)
         self.compiled = optimise.compile_step(steps, clock, self._key, self._state, self._data)
         self.compile_s = clock.compiling
+
+    @classmethod
+    def of(
+        cls,
+        attack: Attack,
+        images: jax.Array,
+        loop: Loop | None = None,
+        chunk: int = 10,
+        phase: int = 0,
+    ) -> Steps:
+        """Compile those of a phase of an attack.
+
+        Args:
+          attack: whose steps are taken.
+          images: initial, lying where the attack wants them; they stay as they are.
+          loop, chunk: see `Steps`.
+          phase: whose steps.
+        """
+        chosen = attack.phases[phase]
+        state = optimise.enter(chosen, jnp.array(images, copy=True), 0)
+        return cls(chosen.step, state, attack.data, loop, chunk)
 
     def run(self, steps: int) -> None:
         """Take so many steps, a multiple of the chunk, and wait until they are done."""
@@ -98,15 +118,8 @@ class Steps:
         jax.device_get(infos)
 
 
-def take_turns(
-    attack: Attack,
-    images: jax.Array,
-    peers: Mapping[str, Peer],
-    repeats: int,
-    steps: int,
-) -> list[Round]:
+def take_turns(ours: Peer, peers: Mapping[str, Peer], repeats: int, steps: int) -> list[Round]:
     """Rounds in which every side takes `steps` steps; stops after `repeats` quiet ones."""
-    ours = Steps(attack, images, chunk=steps)
     sides: dict[str, Peer] = {"ours": ours, **peers}
     for side in sides.values():
         side.run(steps)  # warms up
@@ -199,7 +212,7 @@ def _apart(value: float, expected: float) -> float:
 
 def step_mib(attack: Attack) -> float:
     """Memory that XLA plans for an attack's step beside its arguments, in MiB."""
-    steps = Steps(attack, attack.initial(jax.random.key(0)), "python")
+    steps = Steps.of(attack, attack.initial(jax.random.key(0)), "python")
     return steps.compiled.memory_analysis().temp_size_in_bytes / 2**20
 
 

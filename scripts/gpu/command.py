@@ -73,7 +73,7 @@ def measure(network: str, given: Given) -> dict[str, Any]:
     attack = invert.Inversion(configs.build(invert.Config, configs.read_yaml(file))).attack
     alone = 0.0
     for i, phase in enumerate(attack.phases):
-        one = timing.Steps(attack, attack.initial(jax.random.key(0)), phase=i)
+        one = timing.Steps.of(attack, attack.initial(jax.random.key(0)), phase=i)
         alone += phase.steps * steps.timed({"": one}, 1)[""].ms / 1e3
     stepping = summary["seconds_per_step"] * summary["steps"]
     return {

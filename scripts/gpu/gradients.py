@@ -44,7 +44,7 @@ def run(given: Given) -> None:
     for case in (TINY,) if given.tiny else CASES:
         built = attack(case)
         images = built.initial(jax.random.key(0))
-        made = timing.Steps(built, images, "scan", steps.CHUNK)
+        made = timing.Steps.of(built, images, "scan", steps.CHUNK)
         spread = steps.timed({"": made}, 1 if given.tiny else 3)[""]
         given.emit(
             case=str(case),
@@ -78,5 +78,5 @@ def attack(case: Case, formed: bool = False) -> gradient_inversion.Attack:
 def ten_steps(case: Case, formed: bool) -> Callable[[], Any]:
     """As the switches stand now."""
     built = attack(case, formed)
-    made = timing.Steps(built, built.initial(jax.random.key(0)), chunk=steps.CHUNK)
+    made = timing.Steps.of(built, built.initial(jax.random.key(0)), chunk=steps.CHUNK)
     return lambda: made.run(steps.CHUNK)

@@ -23,7 +23,7 @@ def run(given: Given) -> None:
     """A row for every kind, then one for each of the ten slowest kernels; all in a file beside."""
     for case in (cases.TINY,) if given.tiny else CASES:
         attack = cases.attack(case)
-        made = timing.Steps(attack, attack.initial(jax.random.key(0)), "python")
+        made = timing.Steps.of(attack, attack.initial(jax.random.key(0)), "python")
         folder = given.out / f"trace_{case.network}"
         made.run(STEPS)
         with jax.profiler.trace(str(folder)):

@@ -18,7 +18,7 @@ def run(given: Given) -> None:
         timing.prepare()
     case = cases.TINY if given.tiny else cases.RESNET50
     attack = cases.attack(case)
-    ours = timing.Steps(attack, attack.initial(jax.random.key(0)), "scan", steps.CHUNK)
+    ours = timing.Steps.of(attack, attack.initial(jax.random.key(0)), "scan", steps.CHUNK)
     images, targets = problem(case.batch, case.size)
     bounds = attack.space.black, attack.space.white
     net = with_statistics(tiny()) if given.tiny else torch_network(case.network)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
@@ -11,9 +11,8 @@ from gpu import cases, hlo
 from gpu.cases import Case
 from gpu.part import Given
 
-Loop = Literal["python", "scan"]
-BOTH: tuple[Loop, ...] = ("scan", "python")
-CASES: tuple[tuple[Case, tuple[Loop, ...]], ...] = (
+BOTH: tuple[timing.Loop, ...] = ("scan", "python")
+CASES: tuple[tuple[Case, tuple[timing.Loop, ...]], ...] = (
     (cases.RESNET50, BOTH),
     (cases.MOBILENET_V2, BOTH),
     (cases.in_float32(cases.MOBILENET_V2), ("scan",)),
@@ -29,7 +28,7 @@ def run(given: Given) -> None:
     for case, loops in ((cases.TINY, BOTH),) if given.tiny else CASES:
         attack = cases.attack(case)
         for loop in loops:
-            steps = timing.Steps(attack, attack.initial(jax.random.key(0)), loop, CHUNK)
+            steps = timing.Steps.of(attack, attack.initial(jax.random.key(0)), loop, CHUNK)
             spread = timed({"": steps}, 1 if given.tiny else 3)[""]
             given.emit(
                 **told(case), loop=loop, **spread._asdict(), **cost(steps, case, spread, card)

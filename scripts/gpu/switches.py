@@ -123,7 +123,7 @@ def ten_steps(case: Case) -> Way:
 def _compiled(case: Case, *_: Any) -> timing.Steps:
     """Steps under these settings: several switches begin from the same."""
     attack = cases.attack(case)
-    return timing.Steps(attack, attack.initial(jax.random.key(0)), chunk=steps.CHUNK)
+    return timing.Steps.of(attack, attack.initial(jax.random.key(0)), chunk=steps.CHUNK)
 
 
 def of_seeds(tiny: bool) -> Made:
