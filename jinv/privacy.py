@@ -1,4 +1,5 @@
-"""Differential privacy of the Gaussian mechanism: epsilon of a noise, and the noise for an epsilon.
+"""Differential privacy of the Gaussian mechanism: epsilon of a noise, the noise for an epsilon, and
+what noise leaves to the best test.
 
 Clients that add noise to their updates, and shadow models trained with DP-SGD, are accounted for
 alike.
@@ -7,6 +8,7 @@ alike.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import scipy.optimize
@@ -41,13 +43,13 @@ def epsilon(noise_multiplier: float, delta: float, rounds: int = 1, sampling: fl
     Raises:
       ImportError: sampling below 1 without dp-accounting (the `privacy` extra).
     """
-    _check(delta, rounds, sampling)
-    if not 0 <= noise_multiplier < math.inf:
-        raise ValueError(f"noise_multiplier cannot be {noise_multiplier}")
+    _check_delta(delta)
+    _check(rounds, sampling)
+    _check_noise(noise_multiplier)
     if noise_multiplier == 0:
         return 0.0 if _rarely(delta, rounds, sampling) else math.inf
     if sampling < 1:
-        return _sampled(noise_multiplier, delta, rounds, sampling)
+        return float(_accountant(noise_multiplier, rounds, sampling).get_epsilon(delta))
     s = noise_multiplier / math.sqrt(rounds)
     if _gaussian_delta(0, s) <= delta:
         return 0.0
@@ -66,7 +68,8 @@ def calibrated_noise(target: float, delta: float, rounds: int = 1, sampling: flo
       ImportError: sampling below 1 without dp-accounting (the `privacy` extra).
       ValueError: an epsilon below what the accountant resolves.
     """
-    _check(delta, rounds, sampling)
+    _check_delta(delta)
+    _check(rounds, sampling)
     if not target > 0:
         raise ValueError(f"epsilon must be positive, not {target}")
     if target == math.inf or _rarely(delta, rounds, sampling):
@@ -87,9 +90,65 @@ def calibrated_noise(target: float, delta: float, rounds: int = 1, sampling: flo
     return float(found * (1 + tolerance))
 
 
-def _check(delta: float, rounds: int, sampling: float) -> None:
+def power(fpr: float, noise_multiplier: float, rounds: int = 1, sampling: float = 1.0) -> float:
+    """Return the largest true positive rate of any test for a client, at a false positive rate.
+
+    The test sees every noisy sum, knows all other updates, and tells whether the client's counts
+    among them, or whether it does not: the worse for the client of the two. So no attack on the
+    client does better, whatever it knows; and who would have guessed a client's image, to a given
+    error, with probability `fpr` before, reconstructs it with at most this probability
+    (arXiv 2302.07225, 2307.03928).
+
+    Where all clients take part in every round, exact, with the normal distribution function:
+
+        Phi(Phi^-1(fpr) + sqrt(rounds) / sigma)
+
+    Otherwise an upper bound: the least of e^epsilon fpr + delta(epsilon) over all epsilon, of
+    either sign, with the delta of dp-accounting's PLD accountant. It is close to the better test
+    at an fpr of at most 0.1; above, or with hardly any noise, it may exceed it by a tenth.
+
+    Args:
+      fpr: between 0 and 1.
+      noise_multiplier, rounds, sampling: as for `epsilon`.
+
+    Raises:
+      ImportError: sampling below 1 without dp-accounting (the `privacy` extra).
+      ValueError: numbers out of range.
+    """
+    _check(rounds, sampling)
+    _check_noise(noise_multiplier)
+    if not 0 <= fpr <= 1:
+        raise ValueError(f"fpr is a rate between 0 and 1, not {fpr}")
+    if noise_multiplier == 0:
+        never = (1 - sampling) ** rounds  # leaves no trace, anything else is certain
+        return float(max(1 - never * (1 - fpr), min(fpr / never, 1) if never else 1))
+    if fpr in (0, 1):
+        return float(fpr)
+    if sampling == 1:
+        shift = math.sqrt(rounds) / noise_multiplier
+        return float(scipy.special.ndtr(scipy.special.ndtri(fpr) + shift))
+    accountant = _accountant(noise_multiplier, rounds, sampling)
+    # The best test asks for a ratio of probabilities of e^epsilon, and so
+    # e^epsilon fpr <= tpr <= 1 and 1 - tpr <= e^epsilon (1 - fpr): further down is nothing to win.
+    found = scipy.optimize.minimize_scalar(
+        lambda e: math.exp(e) * fpr + accountant.get_delta(e),
+        bounds=(-20, -math.log(fpr)),
+        method="bounded",
+    )
+    return float(min(found.fun, 1))
+
+
+def _check_delta(delta: float) -> None:
     if not 0 < delta < 1:
         raise ValueError(f"delta is a probability between 0 and 1, not {delta}")
+
+
+def _check_noise(noise_multiplier: float) -> None:
+    if not 0 <= noise_multiplier < math.inf:
+        raise ValueError(f"noise_multiplier cannot be {noise_multiplier}")
+
+
+def _check(rounds: int, sampling: float) -> None:
     if rounds < 1:
         raise ValueError(f"there is at least one round, not {rounds}")
     if not 0 < sampling <= 1:
@@ -108,7 +167,8 @@ def _gaussian_delta(epsilon: float, s: float) -> float:
     return float(ahead - np.exp(epsilon + scipy.special.log_ndtr(-shift - epsilon * s)))
 
 
-def _sampled(noise_multiplier: float, delta: float, rounds: int, sampling: float) -> float:
+def _accountant(noise_multiplier: float, rounds: int, sampling: float) -> Any:
+    """Return dp-accounting's, of all rounds."""
     try:
         import dp_accounting
         from dp_accounting import pld
@@ -124,4 +184,4 @@ def _sampled(noise_multiplier: float, delta: float, rounds: int, sampling: float
         sampling, dp_accounting.GaussianDpEvent(noise_multiplier)
     )
     accountant.compose(dp_accounting.SelfComposedDpEvent(one, rounds))
-    return float(accountant.get_epsilon(delta))
+    return accountant

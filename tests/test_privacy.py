@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import scipy.integrate
 import scipy.stats
@@ -121,6 +123,92 @@ def test_sampling_without_dp_accounting_says_what_to_install(
     assert privacy.epsilon(1.0, 1e-5) > 4
     with pytest.raises(ImportError, match=r"pip install 'jinv\[privacy\]'"):
         privacy.epsilon(1.0, 1e-5, 1, 0.5)
+
+
+def neyman_pearson(fpr: float, p: np.ndarray, q: np.ndarray) -> float:
+    """Power by definition: the points of greatest p / q that have probability fpr under q."""
+    order = np.argsort(-np.log(p / q))
+    return float(np.interp(fpr, np.cumsum(q[order]), np.cumsum(p[order])))
+
+
+@pytest.mark.parametrize("fpr", [1e-4, 0.01, 0.3, 0.99])
+@pytest.mark.parametrize(("sigma", "rounds"), [(0.7, 1), (2.0, 9), (50.0, 4)])
+def test_power_of_one_gaussian_against_another(fpr: float, sigma: float, rounds: int) -> None:
+    """A threshold on their sum: N(0, T sigma^2) or N(T, T sigma^2)."""
+    total = scipy.stats.norm(scale=math.sqrt(rounds) * sigma)
+    expected = total.sf(total.isf(fpr) - rounds)
+    assert privacy.power(fpr, sigma, rounds) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("fpr", [1e-3, 0.01, 0.1, 0.5, 0.95])
+@pytest.mark.parametrize(("sigma", "sampling"), [(0.5, 0.2), (1.0, 0.5), (0.8, 0.9)])
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_power_of_sampled_rounds_is_the_better_test_on_a_grid(
+    fpr: float, sigma: float, sampling: float, rounds: int
+) -> None:
+    """Of two rounds over the plane; one of the two tests is for the client, one against."""
+    pytest.importorskip("dp_accounting")
+    x = np.linspace(-8 * sigma, 1 + 8 * sigma, 100_001 if rounds == 1 else 1001)
+    without = scipy.stats.norm.pdf(x, 0, sigma)
+    there = (1 - sampling) * without + sampling * scipy.stats.norm.pdf(x, 1, sigma)
+    if rounds == 2:
+        without, there = (np.multiply.outer(each, each).ravel() for each in (without, there))
+    q, p = without / without.sum(), there / there.sum()
+    expected = max(neyman_pearson(fpr, p, q), neyman_pearson(fpr, q, p))
+    found = privacy.power(fpr, sigma, rounds, sampling)
+    assert expected * (1 - 3e-3) < found < expected * (1.003 if fpr <= 0.1 else 1.05)
+
+
+def test_power_of_many_sampled_rounds_is_that_of_the_likelihood_ratio() -> None:
+    """By simulation, where a grid cannot go."""
+    pytest.importorskip("dp_accounting")
+    rng, sigma, q, rounds, count = np.random.default_rng(0), 1.5, 0.6, 6, 400_000
+    noise = sigma * rng.standard_normal((2, count, rounds))
+    noise[1] += rng.random((count, rounds)) < q
+    ratio = np.log1p(q * np.expm1((2 * noise - 1) / (2 * sigma**2))).sum(-1)
+    for fpr in (0.01, 0.1):
+        there = np.mean(ratio[1] > np.quantile(ratio[0], 1 - fpr))
+        missing = np.mean(ratio[0] < np.quantile(ratio[1], fpr))
+        expected = max(there, missing)
+        assert privacy.power(fpr, sigma, rounds, q) == pytest.approx(expected, rel=0.02)
+
+
+def test_power_grows_with_fpr_and_rounds_and_falls_with_noise() -> None:
+    pytest.importorskip("dp_accounting")
+
+    def grows(values: list[float]) -> bool:
+        return all(a < b for a, b in itertools.pairwise(values))
+
+    for q in (0.3, 1.0):
+        rates = [0.0, 1e-6, 1e-3, 0.1, 0.5, 0.9, 1.0]
+        found = [privacy.power(fpr, 1.0, 3, q) for fpr in rates]
+        assert grows(found)
+        assert found[0] == 0
+        assert found[-1] == 1
+        assert all(tpr >= fpr for tpr, fpr in zip(found, rates, strict=True))
+        assert grows([privacy.power(0.01, 1.0, rounds, q) for rounds in (1, 4, 32)])
+        assert grows([privacy.power(0.01, sigma, 4, q) for sigma in (9.0, 1.0, 0.5)])
+    assert grows([privacy.power(0.01, 1.0, 4, q) for q in (0.01, 0.5, 1.0)])
+
+
+def test_power_without_noise_is_that_of_seeing_who_takes_part() -> None:
+    pytest.importorskip("dp_accounting")
+    assert privacy.power(0.0, 0.0) == 1
+    assert privacy.power(0.0, 0.0, 1, 0.25) == 0.25
+    assert privacy.power(0.1, 0.0, 2, 0.5) == pytest.approx(0.75 + 0.1 * 0.25)
+    assert privacy.power(0.4, 0.0, 1, 0.25) == pytest.approx(max(0.25 + 0.3, 0.4 / 0.75))
+    for fpr in (0.1, 0.4):
+        exact = privacy.power(fpr, 0.0, 2, 0.5)
+        assert exact - 1e-9 <= privacy.power(fpr, 0.02, 2, 0.5) <= 1.1 * exact
+
+
+@pytest.mark.parametrize("fpr", [-0.1, 1.1, math.nan])
+def test_rates_that_are_none_are_refused(fpr: float) -> None:
+    with pytest.raises(ValueError, match="fpr is a rate between 0 and 1, not"):
+        privacy.power(fpr, 1.0)
+    for arguments in ((-1, 1, 1), (math.inf, 1, 1), (1, 0, 1), (1, 1, 0)):
+        with pytest.raises(ValueError, match=r"noise_multiplier cannot|at least one|sampling is"):
+            privacy.power(0.1, *arguments)
 
 
 @pytest.mark.parametrize(
