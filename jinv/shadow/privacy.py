@@ -1,4 +1,5 @@
-"""What DP-SGD of shadow models promises: epsilon of a noise, and the noise for an epsilon.
+"""What DP-SGD of shadow models promises: epsilon of a noise, the noise for an epsilon, and a bound
+on every attack.
 
 The weights M(S) of a training set S are (epsilon, delta)-differentially private if for every set A
 of weights
@@ -71,6 +72,27 @@ def calibrate(
     """
     q = Privacy(None, 1.0, sampling, target_epsilon).probability(examples)
     return accounting.calibrated_noise(target_epsilon, _delta(examples, delta), steps, q)
+
+
+def power(fpr: float, privacy: Privacy | None, examples: int, steps: int) -> float:
+    """Return what no attack on an example of a shadow model exceeds: see `jinv.privacy.power`.
+
+    Args:
+      fpr: false positive rate of a membership test; or the probability to guess the example, to a
+        given error, without the model. Then the bound is that of a reconstruction to this error.
+      privacy: sigma and q; without it, or without noise, nothing is promised.
+      examples: N.
+      steps: T, `Config.steps`.
+
+    Raises:
+      ImportError: q below 1 without dp-accounting (the `privacy` extra).
+      ValueError: a `target_epsilon` whose noise is not known yet, see `resolved`.
+    """
+    if privacy is None:
+        return 1.0
+    if privacy.sigma == math.inf:
+        return fpr
+    return accounting.power(fpr, privacy.sigma, steps, privacy.probability(examples))
 
 
 def resolved(config: Config, examples: int, delta: float | None = None) -> Config:

@@ -196,3 +196,15 @@ def test_sharing_a_clients_accountant_changes_nothing() -> None:
     pytest.importorskip("dp_accounting")
     found = privacy.epsilon(Privacy(1.0, 1.0, 0.3), 10, 7, 1e-4)
     assert found == accounting.epsilon(1.0, 1e-4, 7, 0.3)
+
+
+def test_power_is_that_of_a_client_s_test() -> None:
+    pytest.importorskip("dp_accounting")
+    found = privacy.power(0.01, Privacy(1.82, 4.0), 10, 32)
+    assert found == accounting.power(0.01, 1.82, 32, 0.9)
+    assert privacy.power(0.01, Privacy(1.82, 4.0, sampling=0.5), 10, 64) < found
+    assert privacy.power(0.01, None, 10, 32) == 1
+    assert privacy.power(0.01, Privacy(0.0, 4.0), 10, 32) == pytest.approx(1)
+    assert privacy.power(0.01, Privacy(math.inf, 4.0), 10, 32) == 0.01
+    with pytest.raises(ValueError, match="noise for epsilon 5 is not known yet"):
+        privacy.power(0.01, Privacy(None, 4.0, target_epsilon=5.0), 10, 32)
