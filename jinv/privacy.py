@@ -7,6 +7,7 @@ alike.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -167,6 +168,7 @@ def _gaussian_delta(epsilon: float, s: float) -> float:
     return float(ahead - np.exp(epsilon + scipy.special.log_ndtr(-shift - epsilon * s)))
 
 
+@functools.lru_cache(8)
 def _accountant(noise_multiplier: float, rounds: int, sampling: float) -> Any:
     """Return dp-accounting's, of all rounds."""
     try:

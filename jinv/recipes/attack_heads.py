@@ -563,13 +563,14 @@ class Attack(command.Loaded):
             read: dict[str, Recovered] = {}
             if reads:
                 began, before = time.perf_counter(), compilation.seconds()
-                for kind in ("weights", "random"):
-                    read[kind] = setting.read(
-                        getattr(victims, kind),
-                        lambda count, found: see(1, count, misfit=float(np.median(found.misfit))),
-                    )
+
+                def told(count: int, found: Recovered) -> None:
+                    see(1, count, misfit=float(np.median(found.misfit)))
+
+                read["weights"] = setting.read(victims.weights, told)
                 taken = time.perf_counter() - began - (compilation.seconds() - before)
-                folder.clock.stepping, folder.clock.steps = taken, 2 * config.victims
+                folder.clock.stepping, folder.clock.steps = taken, config.victims
+                read["random"] = setting.read(victims.random, told)
         outcomes = {
             name: attacked(victims, *pair)
             for name, pair in self._reconstructions(victims, fitting, read).items()

@@ -62,6 +62,7 @@ from jinv.shadow.sampling import Sampling, Sets
 
 _TELLING = 16
 """Models that do not all diverge by chance."""
+_FPRS = (0.001, 0.01, 0.1)
 _AT_ONCE = 8
 """Models whose accuracies are computed together: twice as fast as one by one on a CPU."""
 
@@ -114,8 +115,9 @@ class Summary:
       dtype, stored: of the weights; whether they were kept.
       path, path_reason: row_space or ordinary; why not row_space.
       fingerprint: of the features.
-      privacy: noise_multiplier, l2_norm_clip, sampling, steps, delta, epsilon (null without noise);
-        or null.
+      privacy: noise_multiplier, l2_norm_clip, sampling, steps, delta, epsilon (null without noise),
+        bound: the most that the TPR of any attack on an example can be at FPR 0.1, 1 and 10 %; or
+        null.
       diverged: models whose loss is no number; statistics leave them out.
       loss: mean, std, max over models, on their training sets.
       restarts: mean, most: trainings of a model; failed: models whose loss stayed too high; or
@@ -645,6 +647,7 @@ def promised(config: Training, examples: int) -> dict[str, Any] | None:
         "steps": steps,
         "delta": privacy.usual_delta(examples),
         "epsilon": epsilon if math.isfinite(epsilon) else None,
+        "bound": {f"{fpr:g}": privacy.power(fpr, config.privacy, examples, steps) for fpr in _FPRS},
     }
 
 
