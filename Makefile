@@ -47,6 +47,7 @@ bench: $(INSTALLED_DEV)  ## Time our steps against PyTorch's.
 	$(BIN)/python scripts/benchmark.py ensemble --out out/benchmark_ensemble.json
 	$(BIN)/python scripts/benchmark.py gradients --out out/benchmark_gradients.json
 	$(BIN)/python scripts/benchmark.py shadow --out out/benchmark_shadow.json
+	$(BIN)/python scripts/benchmark.py reconstructor --out out/benchmark_reconstructor.json
 
 # Needs no .venv, which a machine with a GPU may not be able to make: PYTHON=... counts most.
 GPU_PYTHON = $(if $(filter command environment,$(origin PYTHON)),$(PYTHON),$(or $(wildcard $(BIN)/python),$(PYTHON)))

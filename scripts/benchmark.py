@@ -7,6 +7,7 @@
     python scripts/benchmark.py ensemble --out ensemble.json
     python scripts/benchmark.py gradients --out gradients.json
     python scripts/benchmark.py shadow --out shadow.json
+    python scripts/benchmark.py reconstructor --out reconstructor.json
     python scripts/benchmark.py labels --out labels.json --repeats 12
 
 `inversion` times one DeepInversion step: frozen network, BatchNorm prior, cross-entropy, TV_2 and
@@ -71,6 +72,21 @@ a normal number, quartiles; and models, peak_mib, seconds of a process that stre
 comes only when asked for (`--cases delivery`): device_s, host_s and store_s, seconds a model that
 stays on the device, comes to the host, or goes to a store in the folder for temporary files.
 
+`reconstructor` times one training step of the published reconstructor on 32 shadow models in
+memory, N = 10 (MNIST: 2570 weights, G 256; CIFAR: 12810 weights, G 512): gather and normalise,
+forward, 0.5 (MSE + MAE) to the image of a class drawn, backward, Adam, running statistics. Peers,
+from the same parameters:
+
+    pytorch            eager, as published: a transposed convolution of one pixel, then blocks that
+                       upsample and convolve
+    pytorch_channels_last   with images and weights so laid, and a matrix product instead of the
+                       transposed convolution, for which CPUs have no good kernel
+    pytorch_compiled   `torch.compile` of that, and fused Adam; on GPU only
+
+`--peers` chooses some of them. They take turns with us one after the other, since two of CIFAR's
+fill the memory; on CPU a round of CIFAR is one step. Before timing, both sides must give the same
+loss and the same gradient of all parameters, as in `inversion`. A GPU adds bfloat16.
+
 `labels` times nothing: it counts which labels every method restores from gradients of trained
 networks, over `--repeats` batches. MobileNetV2 and EfficientNet-Lite0 get random crops of
 photographs, whose classes are what the network says of them; a ResNet-18 trained by
@@ -106,13 +122,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks import ensemble, gradients, inversion, labels, shadow, timing
+from benchmarks import ensemble, gradients, inversion, labels, reconstructor, shadow, timing
 
 COMMANDS = {
     "inversion": (inversion.run, "one DeepInversion step against PyTorch"),
     "ensemble": (ensemble.run, "one step of several networks jointly"),
     "gradients": (gradients.run, "one step of gradient inversion against PyTorch and breaching"),
     "shadow": (shadow.run, "shadow models against PyTorch and opacus"),
+    "reconstructor": (reconstructor.run, "one training step of the reconstructor"),
     "labels": (labels.run, "labels that are restored from gradients of trained networks"),
 }
 
@@ -130,7 +147,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         command.add_argument(
             "--cases", nargs="+", metavar="WORD", help="only cases with all of them"
         )
-        if name == "inversion":
+        if name in ("inversion", "reconstructor"):
             command.add_argument("--peers", nargs="+", metavar="PEER", help="only these")
         command.add_argument("--repeats", type=int, default=9, metavar="N", help="rounds, >= 7")
         command.add_argument("--steps", type=int, default=3, metavar="N", help="steps in a round")

@@ -266,7 +266,7 @@ def make_step(
             )
             labels = jnp.take_along_axis(classes, drawn[:, None], 1)[:, 0]
             members = classes == labels[:, None]
-        x = normalisation.normalised(weights.astype(jnp.float32))
+        x = normalisation.normalised(weights.astype(jnp.promote_types(weights.dtype, jnp.float32)))
         before = network.parameters(state.variables)
 
         def loss(parameters: Any) -> tuple[Array, tuple[Array, Any]]:

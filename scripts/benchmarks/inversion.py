@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import itertools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -210,18 +210,9 @@ def problem(batch: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     return images, generator.integers(0, 1000, batch)
 
 
-def chosen_peers(names: Sequence[str] | None) -> tuple[str, ...]:
-    """The peers that are timed here: all that this processor has, or those of these names."""
-    known = PEERS if jax.default_backend() == "gpu" else PEERS[:2]
-    unknown = sorted(set(names or ()) - set(known))
-    if unknown:
-        sys.exit(f"no peer {', '.join(unknown)} here; there are: {', '.join(known)}")
-    return tuple(name for name in known if not names or name in names)
-
-
 def run(args: argparse.Namespace) -> None:
     """The `inversion` command."""
-    peers = chosen_peers(args.peers)
+    peers = timing.chosen_peers(PEERS, args.peers)
     known = GPU_CASES if jax.default_backend() == "gpu" else CASES
     cases = timing.chosen(known, args.cases)
     measured = (measure(case, peers, args.repeats, args.steps) for case in cases)

@@ -364,6 +364,15 @@ def chosen(known: Sequence[Any], words: list[str] | None) -> list[Any]:
     return cases
 
 
+def chosen_peers(known: Sequence[str], names: Sequence[str] | None) -> tuple[str, ...]:
+    """The peers that are timed here: all on GPU, two on CPU; or those of them with these names."""
+    here = known if jax.default_backend() == "gpu" else known[:2]
+    unknown = sorted(set(names or ()) - set(here))
+    if unknown:
+        sys.exit(f"no peer {', '.join(unknown)} here; there are: {', '.join(here)}")
+    return tuple(name for name in here if not names or name in names)
+
+
 def prepare() -> None:
     """Let PyTorch use what JAX uses."""
     import torch

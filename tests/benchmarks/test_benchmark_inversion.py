@@ -59,7 +59,7 @@ def refuses(ours: inversion.Evaluated, theirs: inversion.Evaluated) -> bool:
 
 
 def test_all_peers_do_the_same_in_float64(given: Any) -> None:
-    sides = {name: side(given) for name in inversion.chosen_peers(None)}
+    sides = {name: side(given) for name in timing.chosen_peers(torch_inversion.PEERS, None)}
     found = inversion.differences(CASE, sides, given.torch_net, given.net, *given.problem)
     assert set(found) == {"pytorch_frozen", "pytorch_published"}
     assert max(value for each in found.values() for value in each.values()) < 1e-9
@@ -132,11 +132,13 @@ def test_cases_and_peers_are_chosen_alone(monkeypatch: pytest.MonkeyPatch) -> No
     ]
     with pytest.raises(SystemExit, match="no case has 'resnet50 84x112' in its name"):
         timing.chosen(inversion.GPU_CASES, ["resnet50", "84x112"])
-    assert inversion.chosen_peers(["pytorch_published"]) == ("pytorch_published",)
+    assert timing.chosen_peers(torch_inversion.PEERS, ["pytorch_published"]) == (
+        "pytorch_published",
+    )
     with pytest.raises(SystemExit, match="no peer pytorch_compiled here; there are: pytorch_froz"):
-        inversion.chosen_peers(["pytorch_compiled"])
+        timing.chosen_peers(torch_inversion.PEERS, ["pytorch_compiled"])
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert inversion.chosen_peers(None) == torch_inversion.PEERS
+    assert timing.chosen_peers(torch_inversion.PEERS, None) == torch_inversion.PEERS
 
 
 def test_peers_are_an_option_of_inversion() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -14,88 +12,13 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import torch_reconstructor
 from jinv.models import convolution
 from jinv.net import with_parameters
 from jinv.reconstruct import network
 
 BATCH = 5
 _CONVS = nn.Conv2d | nn.ConvTranspose2d
-
-
-class TorchBlock(nn.Module):
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.main = nn.Sequential(
-            nn.BatchNorm2d(inputs),
-            nn.ReLU(),
-            nn.Upsample(scale_factor=2, mode="nearest"),
-            nn.Conv2d(inputs, outputs, 3, padding=1),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU(),
-            nn.Conv2d(outputs, outputs, 3, padding=1),
-        )
-        self.bypass = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(inputs, outputs, 1))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.main(x) + self.bypass(x)
-
-
-class TorchReconstructor(nn.Module):
-    """As the paper says it: a transposed convolution of one pixel, then residual blocks."""
-
-    def __init__(self, z: int, g: int, blocks: int, channels: int) -> None:
-        super().__init__()
-        widths = [4 * g, 2 * g, g, g, g][: blocks + 1]
-        pairs = itertools.pairwise(widths)
-        self.model = nn.Sequential(
-            nn.ConvTranspose2d(z, 4 * g, 4),
-            *(TorchBlock(i, o) for i, o in pairs),
-            nn.BatchNorm2d(g),
-            nn.ReLU(),
-            nn.Conv2d(g, channels, 3, padding=1),
-            nn.Tanh(),
-        )
-
-    def forward(self, z: torch.Tensor) -> torch.Tensor:
-        return self.model(z[:, :, None, None])
-
-
-def layers(peer: TorchReconstructor, variables: Any) -> Iterator[tuple[nn.Module, Mapping]]:
-    """Every layer with parameters, and ours."""
-    yield peer.model[0], variables["first"]
-    for i, block in variables["blocks"].items():
-        theirs: Any = peer.model[1 + i]
-        yield theirs.main[0], block["bn1"]
-        yield theirs.main[3], block["conv1"]
-        yield theirs.main[4], block["bn2"]
-        yield theirs.main[6], block["conv2"]
-        yield theirs.bypass[1], block["bypass"]
-    yield peer.model[-4], variables["bn"]
-    yield peer.model[-2], variables["conv"]
-
-
-def told(layer: nn.Module, ours: Mapping) -> Iterator[tuple[str, torch.Tensor, np.ndarray]]:
-    """Names, torch's tensors and ours in torch's order of axes."""
-    for name, value in ours.items():
-        array = np.asarray(value)
-        if name == "weight" and isinstance(layer, nn.ConvTranspose2d):
-            array = array.reshape(len(array), 4, 4, -1).transpose(0, 3, 1, 2)
-        elif array.ndim == 4:
-            array = array.transpose(3, 2, 0, 1)
-        yield name, getattr(layer, name), array
-
-
-def peer_of(config: network.Config, variables: Any) -> TorchReconstructor:
-    peer = TorchReconstructor(
-        config.inputs + (config.classes or 0),
-        config.width,
-        len(config.widths) - 1,
-        config.channels,
-    ).to(torch.float64)
-    for layer, ours in layers(peer, variables):
-        for _, tensor, array in told(layer, ours):
-            tensor.data.copy_(torch.from_numpy(array.copy()))
-    return peer
 
 
 def drawn(config: network.Config, dtype: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray]:
@@ -155,8 +78,9 @@ def test_output_is_that_of_an_independent_torch_network(
     found = network.make(config, network.Execution(merged=merged))
     with jax.enable_x64(True):
         ours = np.asarray(jax.jit(found.apply)(variables, x, labels))
+    peer = torch_reconstructor.network(config, variables).eval()
     with torch.no_grad():
-        theirs = like(peer_of(config, variables).eval()(torch.from_numpy(told)))
+        theirs = like(peer(torch.from_numpy(told)))
     assert ours.shape == images.shape
     np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9)
 
@@ -173,26 +97,24 @@ def test_an_adam_step_is_that_of_an_independent_torch_network(
         made, after = one_adam_step(network.make(config), variables, x, classes, images)
         after = jax.tree.map(np.asarray, after)
     theirs = torch.from_numpy(np.concatenate([x, np.eye(3)[classes]], 1).astype(np.float64))
-    peer = peer_of(config, variables)
-    peer.train()
+    peer = torch_reconstructor.network(config, variables).double().train()
     optimizer = torch.optim.Adam(peer.parameters(), lr=2e-4)
     output = peer(theirs)
     apart = output - torch.from_numpy(images.astype(np.float64).transpose(0, 3, 1, 2))
     (0.5 * (apart.square().mean() + apart.abs().mean())).backward()
     optimizer.step()
     np.testing.assert_allclose(made, like(output), rtol=tolerance, atol=tolerance)
-    gone = 0
-    for layer, ours in layers(peer, after):
-        for name, tensor, array in told(layer, ours):
-            value = tensor.detach().numpy()
-            apart = np.linalg.norm(array - value)
-            # Before a BatchNorm a bias has no gradient: Adam makes +- 2e-4 of its rounding.
-            if name == "bias" and isinstance(layer, _CONVS) and layer is not peer.model[-2]:
-                assert apart <= 4.01e-4 * np.sqrt(value.size)
-            else:
-                assert apart <= tolerance * np.linalg.norm(value), (layer, name)
-        gone += 1
-    assert gone == 3 + 5 * (len(config.widths) - 1)
+    seen = set()
+    for layer, name, tensor, array in torch_reconstructor.paired(peer, after):
+        value = tensor.detach().numpy()
+        apart = np.linalg.norm(array - value)
+        # Before a BatchNorm a bias has no gradient: Adam makes +- 2e-4 of its rounding.
+        if name == "bias" and isinstance(layer, _CONVS) and layer is not peer.model[-2]:
+            assert apart <= 4.01e-4 * np.sqrt(value.size)
+        else:
+            assert apart <= tolerance * np.linalg.norm(value), (layer, name)
+        seen.add(tensor)
+    assert seen == {*peer.parameters(), *peer.buffers()}
 
 
 @pytest.mark.parametrize(
