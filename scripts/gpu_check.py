@@ -9,16 +9,17 @@ in a process of its own: one that crashes takes nothing with it, and rows are wr
 Every part has a share of `--seconds`, after which it is ended; what it leaves goes to the next. In
 this order, with their shares of 460 seconds:
 
-    card        12  what the other times stand beside
-    steps       95  DeepInversion of 84 images
-    command     60  `jinv invert` from start to finish, against its steps alone
-    switches   100  both positions of every switch in `jinv.backend`; dtypes; layouts
-    shadow      20  shadow models to the device, the host and the disk
-    kernels     38  of two of the steps: bytes and time of each
-    gradients   25  gradient inversion
-    strided     15  input gradients of ResNet-50's strided convolutions, against PyTorch
-    tests       60  those marked `gpu`
-    peers       35  ResNet-50's step against PyTorch, eager and compiled
+    card           12  what the other times stand beside
+    steps          85  DeepInversion of 84 images
+    command        50  `jinv invert` from start to finish, against its steps alone
+    switches       85  both positions of every switch in `jinv.backend`; dtypes; layouts
+    shadow         18  shadow models to the device, the host and the disk
+    kernels        33  of two of the steps: bytes and time of each
+    gradients      22  gradient inversion
+    strided        15  input gradients of ResNet-50's strided convolutions, against PyTorch
+    tests          50  those marked `gpu`
+    peers          30  ResNet-50's step against PyTorch, eager and compiled
+    reconstructor  60  training steps of the published reconstructors, likewise
 
 `--tiny` runs all this in sizes for a CPU. The status is 1 if a part failed, a test among them, but
 not if time ran out. The folder holds `gpu_check.json`, `gpu_check.txt` (the table), for each part
@@ -73,9 +74,11 @@ its output, `PART.log`, and `kernels_NETWORK.json`. In the JSON:
       kind              of the work
       count             kernels in the row
       shape, op_name    of its result; where it comes from in the program
-    of strided and peers:
+    of strided, reconstructor and peers:
       torch_ms, torch_quartiles, torch_ratio   PyTorch's, and its time by ours (strided)
-      peer, peer_ms, peer_quartiles, ratio     likewise; ms and quartiles are ours (peers)
+      peer, peer_ms, peer_quartiles, ratio     likewise; ms and quartiles are ours (the others)
+      hours             that a million of our steps take (reconstructor)
+      published_hours   that they took on one V100; null of other sizes
     of tests:
       test, outcome     name; "passed", "failed" or "skipped"
       seconds           of it
@@ -97,15 +100,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 SHARES = {
     "card": 12,
-    "steps": 95,
-    "command": 60,
-    "switches": 100,
-    "shadow": 20,
-    "kernels": 38,
-    "gradients": 25,
+    "steps": 85,
+    "command": 50,
+    "switches": 85,
+    "shadow": 18,
+    "kernels": 33,
+    "gradients": 22,
     "strided": 15,
-    "tests": 60,
-    "peers": 35,
+    "tests": 50,
+    "peers": 30,
+    "reconstructor": 60,
 }
 LEAST = 5
 """Seconds without which a part is not begun."""

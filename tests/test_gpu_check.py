@@ -26,8 +26,9 @@ pytest.importorskip("torchvision")
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import gpu_check  # found through the path above
+from benchmarks import reconstructor as timed
 from benchmarks import timing
-from gpu import command, hlo, kernels, layout, strided, switches
+from gpu import command, hlo, kernels, layout, reconstructor, strided, switches
 from gpu.layers import Layer
 
 QUICK = {
@@ -258,3 +259,29 @@ def test_times_of_a_gpu_profile_are_those_of_its_streams(tmp_path: Path) -> None
     sums = {row["kind"]: (row["count"], row["ms"]) for row in kernels.by_kind(found)}
     assert sums["convolution"] == (1, 4.0)
     assert sums["in the profile alone"] == (1, 0.25)
+
+
+@pytest.mark.parametrize("case", timed.GPU_CASES, ids=str)
+def test_reconstructors_in_full_size_fit_together(case: timed.Case) -> None:
+    """A step of ours, without its arrays: which `--tiny` does not see."""
+    sets = timed.SETS
+    given = timed.Problem(
+        images=np.zeros((1, 32, 32, case.channels), np.uint8),
+        labels=np.zeros(1, np.int32),
+        weights=np.zeros((1, 1), np.float32),
+        indices=np.zeros((1, 10), np.int32),
+        mean=np.zeros(case.inputs, np.float32),
+        std=np.ones(case.inputs, np.float32),
+    )
+    net, step = timed.our_step(case, given)
+    population, shadows = timed.our_data(given)
+    weights = jax.ShapeDtypeStruct((sets, case.inputs), np.float32)
+    indices = jax.ShapeDtypeStruct((sets, 10), np.int32)
+    data = population, shadows._replace(weights=weights, indices=indices)
+    state = jax.eval_shape(lambda key: timed.training.init(net, timed.CONFIG, key), timed.KEY)
+    after, info = jax.eval_shape(step, timed.KEY, state, data)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(
+        lambda a: (a.shape, a.dtype), state
+    )
+    assert info.loss.dtype == np.float32
+    assert reconstructor.PUBLISHED[case.data] > 0
