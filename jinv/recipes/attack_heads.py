@@ -540,6 +540,7 @@ class Attack(command.Loaded):
           Interrupted: SIGTERM or Ctrl-C came.
         """
         setting, config = self.setting, self.config
+        folder.begin()
         reads = "recovery" not in self.not_available
         stages = [Stretch("shadow models", config.statistics)]
         if reads:

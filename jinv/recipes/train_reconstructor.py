@@ -30,6 +30,7 @@ batch), scores.csv (of some victims on the way) and, last of all, summary.json.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import signal
 from typing import Annotated, Any
 
@@ -47,6 +48,7 @@ from jinv.recipes.attack_heads import Heads, Setting
 from jinv.reconstruct import network, ridge, trained
 from jinv.reconstruct import training as learning
 from jinv.reconstruct.decoding import Noisy
+from jinv.reconstruct.losses import Perceptual
 from jinv.reconstruct.normalisation import Normalisation
 from jinv.reconstruct.trained import Input, Origin, Trained
 from jinv.reconstruct.victims import Victims, attacked
@@ -56,6 +58,7 @@ from jinv.runs import config as configs
 from jinv.runs.progress import Progress, Stretch
 from jinv.runs.run_folder import FolderError, RunFolder
 from jinv.runs.signals import Signals
+from jinv.scores import lpips
 from jinv.shadow import statistics
 from jinv.shadow.store import STATISTICS, Store
 
@@ -93,6 +96,8 @@ class Config(Heads):
         are taken over and over; by default they are made as they are needed, and never twice.
       conditional: tell the reconstructor the class of the image.
       width: G of the reconstructor.
+      lpips_vgg16: torchvision's vgg16-397923af.pth: LPIPS then adds to the loss, as published for
+        colour images.
       reconstructor: the mathematics of its training.
       network: how the reconstructor is computed.
       run: how the run goes.
@@ -103,6 +108,7 @@ class Config(Heads):
     shadows: Annotated[str, File()] | None = None
     conditional: bool = True
     width: Count = 256
+    lpips_vgg16: Annotated[str, File()] | None = None
     reconstructor: learning.Config = dataclasses.field(default_factory=learning.Config)
     network: network.Execution = dataclasses.field(default_factory=network.Execution)
     run: Options = dataclasses.field(default_factory=Options)
@@ -180,6 +186,10 @@ class Reconstruction(command.Loaded):
         self.source = self._source()
         learning.batches(self.source, config.reconstructor)
         self.mesh = supervised.batch_mesh(config.reconstructor.batch)
+        self._perceptual: Perceptual | None = None
+        if config.lpips_vgg16 is not None:
+            variables, distance = lpips.differentiable(config.lpips_vgg16)
+            self._perceptual = functools.partial(distance, variables)
 
     def _source(self) -> learning.Source:
         """Return what is learned from; ValueError if a store is of other shadow models."""
@@ -253,6 +263,7 @@ class Reconstruction(command.Loaded):
                     people,
                     self.source,
                     mesh=self.mesh,
+                    perceptual=self._perceptual,
                     state=None if restored is None else learning.State(*restored[1]),
                     callback=look,
                     marks=look.marks,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -161,6 +162,8 @@ class Made:
 class Stored:
     """Shadow models of a store, again from its first seed after the last.
 
+    The seed that follows is read while training uses the one before.
+
     Attributes:
       store: with all its seeds.
       draw: seed -> training sets.
@@ -171,6 +174,10 @@ class Stored:
     draw: Callable[[int], Sets]
     seconds: float = 0.0
 
+    def __post_init__(self) -> None:
+        self._reader = ThreadPoolExecutor(1)
+        self._coming: tuple[int, Future[tuple[np.ndarray, np.ndarray]]] | None = None
+
     @property
     def sets(self) -> int:
         """How many a seed has."""
@@ -179,10 +186,17 @@ class Stored:
     def __call__(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Return weights and indices of a seed."""
         began = time.perf_counter()
-        seed %= self.store.metadata.seeds
-        found = self.store.read(seed), self.draw(seed).indices
+        coming, self._coming = self._coming, None
+        if coming is None or coming[0] != seed:
+            coming = seed, self._reader.submit(self._read, seed)
+        found = coming[1].result()
+        self._coming = seed + 1, self._reader.submit(self._read, seed + 1)
         self.seconds += time.perf_counter() - began
         return found
+
+    def _read(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        seed %= self.store.metadata.seeds
+        return self.store.read(seed), self.draw(seed).indices
 
 
 def batches(source: Source, config: Config) -> int:

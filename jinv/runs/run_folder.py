@@ -268,10 +268,14 @@ class RunFolder:
 
     # --- checkpoints ------------------------------------------------------------------------------
 
+    def begin(self) -> None:
+        """Let the run's time begin now: folders of a study are all made before its first run."""
+        self._began = self._last_save = time.perf_counter()
+
     @contextmanager
     def checkpoints(self) -> Iterator[ocp.CheckpointManager]:
         """Within, states can be saved and restored; the run's time begins here."""
-        self._began = self._last_save = time.perf_counter()
+        self.begin()
         options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
         folder = (self.path / CHECKPOINTS).resolve()
         manager = ocp.CheckpointManager(folder, options=options)

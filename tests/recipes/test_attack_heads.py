@@ -91,6 +91,7 @@ def test_settings_are_compared(tree: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "out"
     told = run(attack_heads.COMMAND, tree | {"variants": variants, "identified": 0}, out)
     assert list(told["variants"]) == list(variants)
+    assert told["runs"]["adam"]["seconds"] < told["runs"]["epochs-2"]["seconds"]  # no recovery
     assert set(told["variants"]["epochs 2"]["attackers"]) == {"ridge", "recovery"}
     assert set(told["variants"]["adam"]["attackers"]) == {"ridge"}
     report = (out / "report.html").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import re
@@ -10,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import torchvision
 import yaml
 
 import recipe_examples
@@ -140,6 +143,7 @@ def test_heads_that_are_not_linear(tree: dict[str, Any], tmp_path: Path) -> None
         ({"shadows": "/nowhere"}, "/nowhere"),
         ({"victims": 0}, "victims"),
         ({"input": "features", "shadows": "x"}, "shadows"),
+        ({"lpips_vgg16": "/nowhere.pth"}, "/nowhere.pth"),
         ({"error": 0.1}, "error"),
         (
             {"input": "features", "training": {"classes": 3, "optimizer": "adam"}},
@@ -177,3 +181,16 @@ def test_features_without_images_to_make_are_refused(
         train_reconstructor.Reconstruction(
             configs.build(train_reconstructor.Config, tree | {"features": str(tmp_path)})
         )
+
+
+@pytest.mark.slow
+def test_lpips_adds_to_the_loss(tree: dict[str, Any], finished: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    state = torchvision.models.vgg16().features.state_dict()
+    torch.save({f"features.{name}": value for name, value in state.items()}, tmp_path / "vgg.pth")
+    changed = tree | {"lpips_vgg16": str(tmp_path / "vgg.pth")}
+    changed |= {"reconstructor": {"steps": 1, "batch": 4}, "victims": 4, "run": {"scores_every": 0}}
+    assert run(train_reconstructor.COMMAND, changed, tmp_path / "out") == 0
+    with (finished / "metrics.csv").open() as rows:
+        first = float(next(csv.DictReader(rows))["loss"])
+    assert summary(tmp_path / "out")["loss"] > first + 1e-3
