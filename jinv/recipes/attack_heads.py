@@ -148,7 +148,7 @@ class Summary(command.Summary):
       examples: N, of a training set.
       heads: P, parameters of a head.
       shadow_models: that ridge has learned from.
-      accuracy: mean of the victims' accuracy on other images.
+      accuracy: mean of the victims' accuracy on other images; null for heads of one person.
       privacy: noise_multiplier, l2_norm_clip, sampling, steps, delta, epsilon; bound: the most
         that any attack's TPR can be at each FPR; or null.
       threshold: mean MSE, in [-1, 1], of a test image and the nearest other of its class.
@@ -171,7 +171,7 @@ class Summary(command.Summary):
     examples: int
     heads: int
     shadow_models: int
-    accuracy: float
+    accuracy: float | None
     privacy: dict[str, Any] | None
     threshold: float
     attackers: dict[str, Any]
@@ -260,10 +260,13 @@ class Setting:
     def _victim_sampling(self) -> Sampling:
         """Return the sampling of the test split: as many sets a seed as its classes allow."""
         own = self.config.sampling
-        if own.kind != "balanced":
+        if own.kind == "random_labels":
             raise ValueError(
-                f"sampling.kind is {own.kind!r}: victims are drawn from balanced sets alone"
+                "sampling.kind is 'random_labels': victims learn what images show; give it as "
+                "knowledge.sampling, to the attacker"
             )
+        if own.kind == "one_against_many":
+            return dataclasses.replace(own, sets=min(own.sets, self.config.victims))
         _, counts = np.unique(self.test.labels, return_counts=True)
         most = int(counts.min()) // own.class_size
         if not most:
@@ -272,6 +275,12 @@ class Setting:
                 f"sampling.class_size {own.class_size}"
             )
         return dataclasses.replace(own, sets=min(own.sets, most, self.config.victims))
+
+    @property
+    def shown(self) -> int | None:
+        """How many of a set's first examples are to be found: all, or those of the person."""
+        own = self.sampling
+        return own.class_size if own.kind == "one_against_many" else None
 
     def draw(self, seed: int) -> Sets:
         """Return the training sets of a seed of shadow models."""
@@ -342,7 +351,10 @@ class Setting:
         drawn = normalisation.random(key, count)
         random = normalisation.weights(drawn, np.asarray(told.mean, np.float32))
         images = ridge.unit(self.images(self.test)).astype(np.float32)
-        return Victims(images, np.asarray(self.test.labels), indices, weights, random)
+        labels = np.asarray(self.test.labels)
+        if self._of_victims.kind == "one_against_many":
+            labels = np.zeros_like(labels)  # of some people there is but one image
+        return Victims(images, labels, indices, weights, random, self.shown)
 
     # --- exact recovery ---------------------------------------------------------------------------
 
@@ -395,8 +407,13 @@ class Setting:
             see(end - start, read)
         return Recovered(*map(np.concatenate, zip(*found, strict=True)))
 
-    def accuracy(self, weights: np.ndarray) -> float:
-        """Return the mean accuracy of heads of test images on images that they have not seen."""
+    def accuracy(self, weights: np.ndarray) -> float | None:
+        """Return the mean accuracy of heads of test images on images that they have not seen.
+
+        None where a head knows one person, of whom there are no others.
+        """
+        if self.config.sampling.kind == "one_against_many":
+            return None
         own = self.train if self.config.knowledge is None else None
         if own is None or own.labels.ndim > 1:
             own = with_images(self.config.features, "train")
@@ -692,7 +709,12 @@ class Attack(command.Loaded):
             "Images out of heads' weights",
             body,
             f"{config.victims} heads of {setting.examples} images each, which no attacker has "
-            f"seen. On other images they are right in {100 * summary.accuracy:.1f} %.",
+            "seen."
+            + (
+                ""
+                if summary.accuracy is None
+                else f" On other images they are right in {100 * summary.accuracy:.1f} %."
+            ),
         )
         ending = page.ending(vars(summary), hardware.describe(), configs.to_yaml(config))
         report.write(folder.path / "report.html", ending)
@@ -762,7 +784,7 @@ def compare(
     variants = {
         name: {
             "attackers": reconstruction.rates(trials),
-            "accuracy": float(np.mean([s["accuracy"] for s in trials])),
+            "accuracy": reconstruction.accuracy(trials),
             "epsilon": (trials[0]["privacy"] or {}).get("epsilon"),
         }
         for name, trials in found.items()

@@ -180,8 +180,8 @@ class Reconstruction(command.Loaded):
         told = config.conditional and config.input == "weights"
         if told and self.setting.sampling.kind != "balanced":
             raise ValueError(
-                "knowledge.sampling gives images labels at random: there is no class to be told; "
-                "set conditional: false"
+                f"sets of the kind {self.setting.sampling.kind!r} have no class that could be "
+                "told: set conditional: false"
             )
         self.source = self._source()
         learning.batches(self.source, config.reconstructor)
@@ -201,7 +201,7 @@ class Reconstruction(command.Loaded):
             relu = bool(own.min() >= 0)
             return Noisy(own, setting.prior_labels, config.error, pairs, relu)
         if config.shadows is None:
-            return learning.Made(setting.factory, setting.draw, sets)
+            return learning.Made(setting.factory, setting.draw, sets, setting.shown)
         found = Store(config.shadows)
         of = shadows.Config(
             config.features,
@@ -220,7 +220,7 @@ class Reconstruction(command.Loaded):
                 f"shadows: {config.shadows} lacks seeds, such as {missing[0]}: finish it with "
                 "`jinv train-shadow-models --resume`"
             )
-        return learning.Stored(found, setting.draw)
+        return learning.Stored(found, setting.draw, setting.shown)
 
     # --- the run ----------------------------------------------------------------------------------
 

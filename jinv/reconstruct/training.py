@@ -141,12 +141,14 @@ class Made:
       factory: makes them.
       draw: seed -> training sets.
       sets: how many a seed has.
+      shown: how many of the first examples of a set are to be reconstructed; None for all.
       seconds: that the host waited for them.
     """
 
     factory: Factory
     draw: Callable[[int], Sets]
     sets: int
+    shown: int | None = None
     seconds: float = 0.0
 
     def __call__(self, seed: int) -> tuple[Array, np.ndarray]:
@@ -155,7 +157,7 @@ class Made:
         drawn = self.draw(seed)
         weights = self.factory.on_device(seed, drawn).weights
         self.seconds += time.perf_counter() - began
-        return weights, drawn.indices
+        return weights, drawn.indices[:, : self.shown]
 
 
 @dataclasses.dataclass
@@ -167,11 +169,13 @@ class Stored:
     Attributes:
       store: with all its seeds.
       draw: seed -> training sets.
+      shown: how many of the first examples of a set are to be reconstructed; None for all.
       seconds: that the host waited for them.
     """
 
     store: Store
     draw: Callable[[int], Sets]
+    shown: int | None = None
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
@@ -196,7 +200,7 @@ class Stored:
 
     def _read(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
         seed %= self.store.metadata.seeds
-        return self.store.read(seed), self.draw(seed).indices
+        return self.store.read(seed), self.draw(seed).indices[:, : self.shown]
 
 
 def batches(source: Source, config: Config) -> int:

@@ -25,9 +25,12 @@ class Victims:
     Attributes:
       images: (M, H, W, C) in [-1, 1].
       labels: (M,) their classes.
-      indices: (S, N) which of them each head was trained on: of all classes, as many of each.
+      indices: (S, N) which of them each head was trained on; where an attacker tells an image of
+        every class, as many of each.
       weights: (S, P).
       random: (S, P) weights that betray nothing, see `Normalisation.random`.
+      shown: how many of a head's first images an attacker is to find that makes one image a head;
+        None for all.
     """
 
     images: np.ndarray
@@ -35,6 +38,7 @@ class Victims:
     indices: np.ndarray
     weights: np.ndarray
     random: np.ndarray
+    shown: int | None = None
 
     def first(self, count: int) -> Victims:
         """Return the first of them, with all images."""
@@ -67,14 +71,15 @@ class Victims:
 
         Args:
           found: (S, classes, H, W, C), whose image of class c counts against the training images of
-            class c; or (S, 1, H, W, C), which counts against all of them.
+            class c; or (S, 1, H, W, C), which counts against all that are `shown`.
         """
         size = found.shape[2:]
-        truth = self.images[self.indices]
+        indices = self.indices[:, : self.shown] if found.shape[1] == 1 else self.indices
+        truth = self.images[indices]
         if found.shape[1] == 1:
             errors = mse(found[:, 0], truth)[:, None]
         else:
-            own = self.labels[self.indices]
+            own = self.labels[indices]
             errors = np.stack(
                 [
                     np.where(own == c, mse(found[:, c].reshape(-1, *size), truth), np.inf)
@@ -83,7 +88,7 @@ class Victims:
                 1,
             )
         nearest = errors.argmin(2)
-        return errors.min(2).ravel(), np.take_along_axis(self.indices, nearest, 1).ravel()
+        return errors.min(2).ravel(), np.take_along_axis(indices, nearest, 1).ravel()
 
 
 class Attacked(NamedTuple):

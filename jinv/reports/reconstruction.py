@@ -330,6 +330,12 @@ def rates(trials: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
+def accuracy(trials: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return the heads' accuracy, mean over the trials; None where it is not known."""
+    known = [t["accuracy"] for t in trials if t["accuracy"] is not None]
+    return float(np.mean(known)) if known else None
+
+
 def sweep_curves(found: Found) -> bytes | None:
     """Draw a panel a family of variants "NAME NUMBER": TPR at FPR 1 % of every attacker, as SVG.
 
@@ -402,7 +408,7 @@ def study_page(found: Found, svg: bytes | None) -> page.Page:
                 *(page.cell([own.get(attacker)]) for attacker in attackers),
                 page.cell([float(np.mean([r["error"] for r in read])) if read else None]),
                 page.cell([float(np.mean(identified)) if identified else None]),
-                page.cell([float(np.mean([t["accuracy"] for t in trials]))]),
+                page.cell([accuracy(trials)]),
                 page.cell([private.get("epsilon")]),
                 page.cell([bounds.get(_AT)]),
             )

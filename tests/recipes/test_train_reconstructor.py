@@ -16,7 +16,7 @@ import torchvision
 import yaml
 
 import recipe_examples
-from jinv.recipes import train_reconstructor, train_shadow_models
+from jinv.recipes import attack_heads, train_reconstructor, train_shadow_models
 from jinv.reconstruct import network, trained
 from jinv.runs import command_line
 from jinv.runs import config as configs
@@ -137,7 +137,14 @@ def test_heads_that_are_not_linear(tree: dict[str, Any], tmp_path: Path) -> None
             {"sampling": {"class_size": 21, "sets": 1}},
             "20 images, fewer than sampling.class_size",
         ),
-        ({"sampling": {"kind": "random_labels", "classes": 3, "sets": 4}}, "balanced sets alone"),
+        ({"sampling": {"kind": "random_labels", "classes": 3, "sets": 4}}, "victims learn what"),
+        (
+            {
+                "sampling": {"kind": "one_against_many", "others": 2, "sets": 4},
+                "training": {"head": "binary", "lr": 0.5, "epochs": 5},
+            },
+            "set conditional: false",
+        ),
         ({"training": {"classes": 2}}, "labels are 0 to 2, the linear head knows 2 classes"),
         ({"features": "/nowhere"}, "/nowhere"),
         ({"shadows": "/nowhere"}, "/nowhere"),
@@ -181,6 +188,25 @@ def test_features_without_images_to_make_are_refused(
         train_reconstructor.Reconstruction(
             configs.build(train_reconstructor.Config, tree | {"features": str(tmp_path)})
         )
+
+
+def test_heads_that_know_one_person(tree: dict[str, Any], tmp_path: Path) -> None:
+    """Of a set, the person's image is to be found; the loss is against it alone."""
+    changed = tree | {
+        "sampling": {"kind": "one_against_many", "others": 2, "sets": 20},
+        "training": {"head": "binary", "hidden": 2, "lr": 0.5, "epochs": 5, "init_std": 0.1},
+        "conditional": False,
+    }
+    assert run(train_reconstructor.COMMAND, changed, tmp_path / "out") == 0
+    told = summary(tmp_path / "out")
+    assert told["attackers"]["network"]["samples"] == {"true": 30, "random": 30}
+    attack = {key: changed[key] for key in ("features", "sampling", "training", "victims")}
+    attack |= {"reconstructors": [str(tmp_path / "out")], "statistics": 2}
+    out = tmp_path / "attack"
+    assert run(attack_heads.COMMAND, attack, out) == 0
+    told = summary(out)
+    assert list(told["attackers"]) == ["out"]
+    assert told["accuracy"] is None
 
 
 @pytest.mark.slow

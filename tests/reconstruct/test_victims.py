@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -34,6 +36,15 @@ def test_the_least_error_of_a_class_or_of_all(victims: Victims, each: bool) -> N
             expected.append((errors[best], best))
     np.testing.assert_allclose(samples, [error for error, _ in expected], rtol=1e-6)
     np.testing.assert_array_equal(truth, [image for _, image in expected])
+
+
+def test_only_shown_images_count_for_one_image_a_head(victims: Victims) -> None:
+    one = dataclasses.replace(victims, shown=1)
+    found = victims.images[victims.indices[:, 2:3]]
+    samples, truth = one.samples(found)
+    np.testing.assert_array_equal(truth, victims.indices[:, 0])
+    assert samples.min() > 0
+    assert victims.samples(found)[0].max() == 0
 
 
 def test_who_gives_the_images_back_is_always_right(victims: Victims) -> None:
