@@ -83,6 +83,8 @@ class Fit(NamedTuple):
       squares: () squared residuals and deviations from the prior, each in standard deviations.
       residual: () squared residuals alone.
       loss: () mean loss after training.
+      covariance: (C (C - 1), C (C - 1)) of each class's sum of A's rows, along contrasts of
+        outputs, as linearised at the solution; empty for N <= C, where it is small.
     """
 
     rows: Array
@@ -91,6 +93,7 @@ class Fit(NamedTuple):
     squares: Array
     residual: Array
     loss: Array
+    covariance: Array
 
 
 def known(classes: int) -> int:
@@ -157,7 +160,7 @@ def make_starts(steps: int, momentum: float) -> Callable[..., Array]:
     ) -> Array:
         classes, width = weights.shape[1:]
         examples = len(labels)
-        contrasts = jnp.asarray(_contrasts(classes))
+        contrasts = jnp.asarray(contrasts_of(classes))
         below, diagonal = np.tril_indices(classes - 1), np.arange(classes - 1)
 
         def seen(scattered: Array, bias: Array) -> Array:
@@ -217,7 +220,7 @@ def make_fit(steps: int, momentum: float) -> Callable[..., Fit]:
         size = prior.root.shape[1]
         above = np.triu_indices(classes - 1)
 
-        contrasts = jnp.asarray(_contrasts(classes))  # (C, C - 1) orthonormal, columns sum to 0
+        contrasts = jnp.asarray(contrasts_of(classes))
 
         def split(unknown: Array) -> tuple[Array, Array]:
             normal = unknown[size:].reshape(examples, classes - 1) @ contrasts.T
@@ -281,12 +284,25 @@ def make_fit(steps: int, momentum: float) -> Callable[..., Fit]:
             error = error * jnp.asarray(_FACTORS)[best]
             return taken, *linearised(taken), error, found[-1] - found[best], count + 1
 
+        def spread(unknown: Array) -> Array:
+            member = jnp.asarray(labels == jnp.arange(classes)[:, None], unknown.dtype)
+
+            def sums(unknown: Array) -> Array:
+                return (member @ trained(unknown)[0].rows @ contrasts).ravel()
+
+            (own,) = jax.vmap(jax.vjp(sums, unknown)[1])(jnp.eye(classes * (classes - 1)))
+            rows = linearised(unknown)[1] / sigma(jnp.asarray(_TOLERANCE))[:, None]
+            normal, across = rows @ rows.T + jnp.eye(len(rows)), rows @ own.T
+            solved = jax.scipy.linalg.solve(normal, across, assume_a="pos")
+            return own @ own.T - across.T @ solved
+
         carry = (start, *linearised(start), jnp.asarray(_LARGEST), jnp.asarray(jnp.inf), 0)
         unknown, value, *_ = lax.while_loop(unfinished, step, carry)
         moved, _ = trained(unknown)
         total = squares(unknown, value, jnp.asarray(_TOLERANCE))
         alone = total - jnp.square(unknown).sum()
-        return Fit(moved.rows, split(unknown)[0], noise, total, alone, moved.loss)
+        covariance = jnp.zeros((0, 0)) if examples <= classes else spread(unknown)
+        return Fit(moved.rows, split(unknown)[0], noise, total, alone, moved.loss, covariance)
 
     return fit
 
@@ -319,6 +335,7 @@ def _trained(
     return moved, moved.rows.T @ cholesky + moved.kept * settings.init_std * normal.T
 
 
-def _contrasts(classes: int) -> np.ndarray:
+def contrasts_of(classes: int) -> np.ndarray:
+    """Return (C, C - 1) orthonormal columns that sum to 0."""
     centred = np.eye(classes) - 1 / classes
     return np.linalg.svd(centred)[0][:, : classes - 1]

@@ -259,3 +259,29 @@ def test_training_images_are_identified(class_size: int, share: float) -> None:
     assert (others < class_size).mean() < 0.05
     with pytest.raises(ValueError, match="are not"):
         identification.scores(found, labels, candidates[:, :5], prior())
+
+
+def test_class_means_correct_sums_of_rows() -> None:
+    """A is off by as much as its covariance says: the weights tell most of it."""
+    config, labels = dataclasses.replace(CONFIG, init_std=1e-4), np.repeat(LABELS, 3)
+    weights, bias = trained(config, 3)
+    own = prior()
+    fits = recovery.fit_all(weights, bias, config, labels, own)
+    assert fits.covariance.shape == (SETS, 12, 12)
+    assert not recovery.fit_all(*trained(config), config, LABELS, own).covariance.size
+    known = tuple(map(jnp.asarray, (labels, own.means, own.scales, own.spread, own.basis)))
+    rng, before, after, expected = np.random.default_rng(0), 0.0, 0.0, 0.0
+    for rows, chosen in zip(fits.rows, sets(3), strict=True):
+        made = rows.T @ images()[0][chosen]
+        deviation = 0.2 * np.abs(rows).max()
+        off = rng.normal(size=(CLASSES, CLASSES)) * deviation
+        off -= off.mean(1, keepdims=True)
+        covariance = np.eye(12) * deviation**2 / 6**2
+        arrays = (made, rows + off[labels] / 3, 1e-6, covariance)
+        found, remaining = recovery._corrected(*map(jnp.float32, arrays), *known)
+        left = np.stack([(found - rows)[labels == c].sum(0) for c in LABELS])
+        before += np.square(off).sum()
+        after += np.square(left).sum()
+        expected += float(jnp.einsum("coco->", remaining))
+    assert after < 0.6 * before
+    assert 0.3 < after / expected < 3
