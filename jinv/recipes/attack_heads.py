@@ -104,7 +104,7 @@ class Heads:
       restarts: None to keep every first training.
       knowledge: what the attacker has, if it is not the training images and the same sampling.
       statistics: seeds of shadow models that normalise the weights, and that ridge is fitted to.
-      victims: heads of the test split that are attacked in the end.
+      victims: heads of the test split that are attacked in the end; fewer where some diverge.
       seed: of everything random.
       execution: how shadow models are trained.
     """
@@ -342,13 +342,14 @@ class Setting:
             sets = self._of_victims.draw(self.test.labels, seed)
             there = sets._replace(indices=sets.indices + np.int32(len(self.train)))
             found = self.factory.seed(seed, there)
-            if not np.isfinite(found.loss).any():
-                raise DivergedError(len(found.loss))
-            made.append((np.array(found.weights), sets.indices))
+            sound = np.isfinite(found.loss)  # a head that diverged tells nothing
+            if not sound.any():
+                raise DivergedError(len(sound))
+            made.append((np.array(found.weights[sound]), sets.indices[sound]))
         weights, indices = (np.concatenate(parts)[:count] for parts in zip(*made, strict=True))
         normalisation = Normalisation.of(told)
         _, key = jax.random.split(jax.random.key(self.config.seed))
-        drawn = normalisation.random(key, count)
+        drawn = normalisation.random(key, len(weights))
         random = normalisation.weights(drawn, np.asarray(told.mean, np.float32))
         images = ridge.unit(self.images(self.test)).astype(np.float32)
         labels = np.asarray(self.test.labels)
@@ -587,7 +588,7 @@ class Attack(command.Loaded):
 
                 read["weights"] = setting.read(victims.weights, told)
                 taken = time.perf_counter() - began - (compilation.seconds() - before)
-                folder.clock.stepping, folder.clock.steps = taken, config.victims
+                folder.clock.stepping, folder.clock.steps = taken, len(victims.weights)
                 read["random"] = setting.read(victims.random, told)
         outcomes = {
             name: attacked(victims, *pair)
@@ -625,7 +626,7 @@ class Attack(command.Loaded):
 
     def _identified(self, victims: Victims, read: Recovered | None) -> dict[str, Any] | None:
         """Return how well exact recovery tells which images heads were trained on."""
-        count = min(self.config.identified, self.config.victims)
+        count = min(self.config.identified, len(victims.weights))
         if read is None or not count:
             return None
         setting = self.setting
@@ -689,7 +690,7 @@ class Attack(command.Loaded):
         write_atomic(folder.path / SAMPLES, file.getvalue())
         summary = Summary(
             **command.shared(folder, hardware.of_mesh(setting.factory.mesh)),
-            victims=config.victims,
+            victims=len(victims.weights),
             examples=setting.examples,
             heads=setting.factory.layout.size,
             shadow_models=setting.shadow_models,
@@ -708,8 +709,8 @@ class Attack(command.Loaded):
         report = page.Page(
             "Images out of heads' weights",
             body,
-            f"{config.victims} heads of {setting.examples} images each, which no attacker has "
-            "seen."
+            f"{len(victims.weights)} heads of {setting.examples} images each, which no attacker "
+            "has seen."
             + (
                 ""
                 if summary.accuracy is None
