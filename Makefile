@@ -7,7 +7,7 @@ INSTALLED_DEV := $(VENV)/.installed-dev
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
 
-.PHONY: demo data test test-all bench gpu-check lint wheel install install-dev clean
+.PHONY: demo data study-small test test-all bench gpu-check lint wheel install install-dev clean
 
 demo: $(INSTALLED)  ## Invert a real pretrained network; pictures and a report in out/demo.
 	$(BIN)/jinv invert --config demo --out out/demo --overwrite
@@ -23,6 +23,21 @@ $(FASHION_MNIST):
 	cd $(DATASETS) && apt-get download dataset-fashion-mnist
 	dpkg-deb -x $(DATASETS)/dataset-fashion-mnist_*.deb $(DATASETS)
 	rm $(DATASETS)/dataset-fashion-mnist_*.deb
+
+STUDY := out/study
+HAVE_DATA := $(JINV_DATA)$(wildcard /usr/share/datasets/fashion-mnist)
+
+# Every line goes on where it was cut, and does nothing where it is done.
+study-small: $(INSTALLED) $(if $(HAVE_DATA),,data)  ## Heads of FashionMNIST, attacked in every way.
+	$(BIN)/jinv pretrain --config pretrain_vgg_small_fashion_mnist --training.epochs 1 \
+	    --out $(STUDY)/vgg_small --resume
+	$(BIN)/jinv extract-features --config features_fashion_mnist \
+	    --network.weights $(STUDY)/vgg_small --scale 0.3 --out $(STUDY)/features --resume
+	$(BIN)/jinv train-reconstructor --config decoder_fashion_mnist \
+	    --features $(STUDY)/features --out $(STUDY)/decoder --resume
+	$(BIN)/jinv train-reconstructor --config reconstructor_fashion_mnist \
+	    --features $(STUDY)/features --reconstructor.steps 600 --out $(STUDY)/network --resume
+	$(BIN)/jinv attack-heads --config study_small --out $(STUDY)/attack --resume
 
 # Two processes: compilation, which takes most of the time, has one thread.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile

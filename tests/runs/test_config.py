@@ -146,6 +146,7 @@ COMMANDS = {
     "reconstructor": train_reconstructor.COMMAND,
     "decoder": train_reconstructor.COMMAND,
     "attack": attack_heads.COMMAND,
+    "study": attack_heads.COMMAND,
     "gradients": invert_gradients.COMMAND,
 }
 
