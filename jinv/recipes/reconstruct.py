@@ -36,10 +36,10 @@ import weights_convert
 from jinv import checks, image, parallel
 from jinv.checks import Count, File, NotNegative, Positive, ShareBelowOne
 from jinv.files import sha256, write_atomic
-from jinv.recipes.attack_heads import with_images
 from jinv.reconstruct import identification, recovery, trained
 from jinv.reconstruct.decoding import Linear
 from jinv.reconstruct.recovery import Prior, Recovered
+from jinv.reconstruct.setting import with_images
 from jinv.reports import page
 from jinv.runs import command, compilation, hardware
 from jinv.runs import config as configs

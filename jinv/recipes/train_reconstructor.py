@@ -44,12 +44,12 @@ from jinv.checks import Count, File, Natural, NotNegative, Share
 from jinv.files import sha256, write_atomic
 from jinv.recipes import attack_heads
 from jinv.recipes import train_shadow_models as shadows
-from jinv.recipes.attack_heads import Heads, Setting
 from jinv.reconstruct import network, ridge, trained
 from jinv.reconstruct import training as learning
 from jinv.reconstruct.decoding import Noisy
 from jinv.reconstruct.losses import Perceptual
 from jinv.reconstruct.normalisation import Normalisation
+from jinv.reconstruct.setting import Heads, Setting
 from jinv.reconstruct.trained import Input, Origin, Trained
 from jinv.reconstruct.victims import Victims, attacked
 from jinv.reports import curves, page, reconstruction

@@ -55,7 +55,7 @@ from jinv.runs.run_folder import RunFolder
 from jinv.runs.signals import Interrupted, Signals
 from jinv.shadow import features, privacy, sampling, statistics, store, training
 from jinv.shadow.config import Config as Training
-from jinv.shadow.config import make_head
+from jinv.shadow.config import check_labels, make_head
 from jinv.shadow.generation import DivergedError, Execution, Factory, Made, Restarts
 from jinv.shadow.heads import Parameters
 from jinv.shadow.sampling import Sampling, Sets
@@ -621,17 +621,6 @@ def metadata(config: Config, layout: store.Layout, fingerprint: str) -> store.Me
     origin = {name: tree[name] for name in ("split", "sampling", "training", "restarts", "seed")}
     origin["fingerprint"] = fingerprint
     return store.Metadata(layout, config.sampling.sets, config.seeds, config.dtype, origin)
-
-
-def check_labels(config: Training, drawn: Sets) -> None:
-    """Raise ValueError if heads do not know the labels that they shall learn."""
-    kind = config.head
-    classes = config.classes if kind == "linear" else 2
-    if not 0 <= drawn.labels.min() <= drawn.labels.max() < classes:
-        raise ValueError(
-            f"labels are {drawn.labels.min()} to {drawn.labels.max()}, the {kind} head knows "
-            f"{classes} classes" + (": give sampling.positive" if kind == "binary" else "")
-        )
 
 
 def promised(config: Training, examples: int) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ from jinv import checks
 from jinv.checks import Count, NotNegative, Positive, PositiveShare, Range, ShareBelowOne
 from jinv.shadow import heads
 from jinv.shadow.heads import Head, Parameters
+from jinv.shadow.sampling import Sets
 
 Path = Literal["auto", "ordinary", "row_space"]
 Optimizer = Literal["sgd", "adam"]
@@ -153,3 +154,14 @@ def sgd(
     """torch.optim.SGD; what is an array may be traced."""
     decay = optax.add_decayed_weights(weight_decay)
     return optax.chain(decay, optax.sgd(lr, momentum or None))
+
+
+def check_labels(config: Config, drawn: Sets) -> None:
+    """Raise ValueError if heads do not know the labels that they shall learn."""
+    kind = config.head
+    classes = config.classes if kind == "linear" else 2
+    if not 0 <= drawn.labels.min() <= drawn.labels.max() < classes:
+        raise ValueError(
+            f"labels are {drawn.labels.min()} to {drawn.labels.max()}, the {kind} head knows "
+            f"{classes} classes" + (": give sampling.positive" if kind == "binary" else "")
+        )
