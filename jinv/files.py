@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
+
+import numpy as np
 
 
 def path(text: str | os.PathLike[str]) -> Path:
@@ -29,6 +33,13 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays as a .npz file, which is complete or absent."""
+    file = io.BytesIO()
+    np.savez(file, **arrays)  # type: ignore[arg-type]
+    write_atomic(path, file.getvalue())
 
 
 def sha256(path: Path) -> str:

@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import io
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +40,7 @@ import numpy as np
 
 from jinv import parallel
 from jinv.checks import Count, File, Natural
-from jinv.files import sha256, write_atomic
+from jinv.files import sha256, write_arrays, write_atomic
 from jinv.recipes import train_shadow_models as shadows
 from jinv.reconstruct import identification, ridge, trained
 from jinv.reconstruct.evaluation import Evaluation
@@ -319,7 +318,7 @@ class Attack(command.Loaded):
             scores = identification.scores(one, setting.labels, candidates, setting.prior)[0]
             true = victims.indices[head]
             own = scores[labels[true], true]
-            places = (scores[labels[true]] > own[:, None]).sum(1)
+            places = identification.ranks(scores[None, labels[true]], true[None])[0]
             first.append(places == 0)
             each = np.bincount(labels[true])[labels[true]]
             first_of_class.append(places < each)
@@ -332,16 +331,12 @@ class Attack(command.Loaded):
         evaluation = Evaluation(
             -np.concatenate(members), -np.concatenate(others), groups, other_groups
         )
-        intervals = evaluation.intervals()
         return {
             "victims": count,
             "candidates": len(candidates),
             "first": float(np.mean(np.concatenate(first))),
             "first_of_class": float(np.mean(np.concatenate(first_of_class))),
-            "membership": {
-                "tpr_at_fpr": {f"{at:g}": i.value for at, i in intervals.items()},
-                "intervals": {f"{at:g}": [i.low, i.high] for at, i in intervals.items()},
-            },
+            "membership": evaluation.told(),
         }
 
     def _write(
@@ -365,9 +360,7 @@ class Attack(command.Loaded):
             for name, outcome in outcomes.items()
             for kind in ("true", "random")
         }
-        file = io.BytesIO()
-        np.savez(file, **arrays)
-        write_atomic(folder.path / SAMPLES, file.getvalue())
+        write_arrays(folder.path / SAMPLES, arrays)
         summary = Summary(
             **command.shared(folder, hardware.of_mesh(setting.factory.mesh)),
             victims=len(victims.weights),

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import io
 import signal
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,14 +32,14 @@ import numpy as np
 import tyro
 
 import weights_convert
-from jinv import checks, image, parallel
+from jinv import checks, parallel
 from jinv.checks import Count, File, NotNegative, Positive, ShareBelowOne
-from jinv.files import sha256, write_atomic
-from jinv.reconstruct import identification, recovery, trained
+from jinv.files import sha256, write_arrays, write_atomic
+from jinv.reconstruct import identification, recovery, ridge, trained
 from jinv.reconstruct.decoding import Linear
 from jinv.reconstruct.recovery import Prior, Recovered
 from jinv.reconstruct.setting import with_images
-from jinv.reports import page
+from jinv.reports import page, reconstruction
 from jinv.runs import command, compilation, hardware
 from jinv.runs import config as configs
 from jinv.runs.progress import Progress, Stretch
@@ -341,9 +340,7 @@ class Reconstruction(command.Loaded):
                 arrays[f"{i:03d}.error"] = np.asarray(one["error"], np.float32)
         sums = {}
         if arrays:
-            file = io.BytesIO()
-            np.savez(file, **arrays)
-            write_atomic(folder.path / RECOVERED, file.getvalue())
+            write_arrays(folder.path / RECOVERED, arrays)
             sums[RECOVERED] = sha256(folder.path / RECOVERED)
         summary = Summary(
             **command.shared(folder, f"1 x {jax.devices()[0].device_kind}"),
@@ -364,13 +361,14 @@ class Reconstruction(command.Loaded):
 
     def _picture(self, made: np.ndarray, likely: list[list[dict[str, Any]]] | None) -> bytes:
         """Return a PNG: reconstructions of all classes, below them the likeliest candidates."""
-        rows = [np.round(127.5 * (np.clip(made, -1, 1) + 1)).astype(np.uint8)]
+        rows = [made]
         if likely is not None and self.candidates is not None:
             pictures = self.candidates.images
             if pictures is not None and pictures.shape[1:] == made.shape[1:]:
                 for places in zip(*likely, strict=True):
-                    rows.append(np.stack([np.asarray(pictures[p["index"]]) for p in places]))
-        return page.png(image.rows(rows, max(1, 96 // made.shape[1])))
+                    shown = np.stack([np.asarray(pictures[p["index"]]) for p in places])
+                    rows.append(ridge.unit(shown))
+        return reconstruction.in_rows(rows)
 
     def _table(self, one: dict[str, Any]) -> page.Table:
         rows = []

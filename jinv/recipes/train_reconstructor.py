@@ -444,8 +444,7 @@ class _Look:
             }
             self._folder.scores.add(step=done, **scores)
             self._bar.say(done, scores)
-            shown = found[:, victims.classes] if found.shape[1] > 1 else found
-            shown, truth = shown.reshape(-1, *found.shape[2:])[:10], truth[:10]
+            shown, truth = victims.asked(found)[:10], truth[:10]
             near = victims.images[victims.neighbours.nearest[truth]]
             png = reconstruction.sheet(shown, victims.images[truth], near)
             picture = self._folder.path / "progress" / f"step_{done:06d}.png"

@@ -13,7 +13,6 @@ posterior mean. `Recovered.error` is r.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +22,6 @@ from jax import Array
 from jinv.reconstruct import ridge
 from jinv.reconstruct.ridge import HELD_OUT, Sums
 from jinv.shadow.sampling import permutation
-
-Decode = Callable[[np.ndarray], np.ndarray]
-"""Features of every class (S, C, D) -> images (S, C, H, W, C') in [-1, 1]."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,7 +60,7 @@ class Linear:
         return cls(tuple(regressions), images.shape[1:])
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
-        """Return the images of features of every class, see `Decode`."""
+        """Return images (S, C, H, W, C') in [-1, 1] of features (S, C, D), one of every class."""
         found = [f(features[:, c].astype(np.float64)) for c, f in enumerate(self.regressions)]
         images = np.stack(found, 1).reshape(*features.shape[:2], *self.shape)
         return np.clip(images, -1, 1).astype(np.float32)
@@ -110,12 +106,10 @@ class Noisy:
             others[places] = members[np.resize(drawn, len(places))]
         raw = np.random.Philox(np.random.SeedSequence((seed, 2))).random_raw(len(order))
         error = np.float32(self.most) * (raw >> np.uint64(40)).astype(np.float32) / 2**24
-        return self._noisy(order, others, error), order[:, None].astype(np.int32)
-
-    def _noisy(self, order: np.ndarray, others: np.ndarray, error: np.ndarray) -> Array:
-        return _mixed(
+        found = _mixed(
             self._placed, self._means, self._labels, order, others, error, self.nonnegative
         )
+        return found, order[:, None].astype(np.int32)
 
 
 @jax.jit

@@ -219,6 +219,14 @@ class Evaluation:
             for i, fpr in enumerate(fprs)
         }
 
+    def told(self, *, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
+        """Return TPRs and their intervals as plain values, see `intervals`."""
+        found = self.intervals(resamples=resamples, seed=seed)
+        return {
+            "tpr_at_fpr": {f"{at:g}": interval.value for at, interval in found.items()},
+            "intervals": {f"{at:g}": [i.low, i.high] for at, i in found.items()},
+        }
+
     def summary(self, threshold: float, *, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
         """Return plain values for a summary: TPRs with intervals, and what a threshold gives.
 
@@ -226,7 +234,6 @@ class Evaluation:
           threshold: on x, such as the mean distance of nearest neighbours.
           resamples, seed: see `intervals`.
         """
-        found = self.intervals(resamples=resamples, seed=seed)
         tpr, fpr = self.rates(threshold)
         return {
             "samples": {"true": len(self.true), "random": len(self.random)},
@@ -234,8 +241,7 @@ class Evaluation:
                 "true": float(np.median(self.true)),
                 "random": float(np.median(self.random)),
             },
-            "tpr_at_fpr": {f"{at:g}": interval.value for at, interval in found.items()},
-            "intervals": {f"{at:g}": [i.low, i.high] for at, i in found.items()},
+            **self.told(resamples=resamples, seed=seed),
             "at_threshold": {"mse": float(threshold), "tpr": tpr, "fpr": fpr},
         }
 

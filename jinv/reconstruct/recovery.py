@@ -246,9 +246,6 @@ def recover(
     """
     weights, bias, labels = np.asarray(weights), np.asarray(bias), np.asarray(labels)
     _check(weights, bias, config, labels, prior)
-    reason = unrecoverable(config, len(labels))
-    if reason:
-        raise ValueError(f"no exact recovery: {reason}")
     fits = fit_all(weights, bias, config, labels, prior, chunk)
     # Where no fit was found, nothing is known but the prior.
     found = np.isfinite(fits.squares) & np.isfinite(fits.rows).all((1, 2))
@@ -306,6 +303,9 @@ def _check(
             raise ValueError(
                 f"sets of {wanted} examples of class {c} need a prior of {2 * wanted}, not {owned}"
             )
+    reason = unrecoverable(config, len(labels))
+    if reason:
+        raise ValueError(f"no exact recovery: {reason}")
 
 
 def fit_all(
@@ -426,9 +426,6 @@ def guess(
     """
     weights, bias, labels = np.asarray(weights), np.asarray(bias), np.asarray(labels)
     _check(weights, bias, config, labels, prior)
-    reason = unrecoverable(config, len(labels))
-    if reason:
-        raise ValueError(f"no exact recovery: {reason}")
     if not len(lr):
         raise ValueError("no learning rate to try was given")
 

@@ -66,6 +66,11 @@ class Victims:
         """Return the mean MSE of an image and the nearest other of its class."""
         return float(self.neighbours.mse.mean())
 
+    def asked(self, found: np.ndarray) -> np.ndarray:
+        """Return the reconstructions (n, H, W, C) that count, in the order of `samples`."""
+        shown = found[:, self.classes] if found.shape[1] > 1 else found
+        return shown.reshape(-1, *found.shape[2:])
+
     def samples(self, found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the least MSE of each reconstruction (n,), and which image it is of (n,).
 
@@ -123,7 +128,7 @@ def attacked(victims: Victims, found: np.ndarray, random: np.ndarray) -> Attacke
     several = found.shape[1] > 1
     each = len(victims.classes) if several else 1
     heads = np.repeat(np.arange(len(found)), each)
-    shown = (found[:, victims.classes] if several else found).reshape(-1, *found.shape[2:])
+    shown = victims.asked(found)
     told = (victims.labels[truth], victims.labels) if several else (None, None)
     places = ranks(shown, victims.images, truth, *told)
     evaluation = Evaluation(samples, others, heads, heads)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 # Each colour with its stand-in on a dark page.
 INK, MUTED, RULE, CURVE = "#23262b", "#686e78", "#d9dbdf", "#2b6a99"
@@ -108,10 +111,28 @@ def _draw_series(axis: Any, series: Series) -> None:
     for x in numbers:
         values = series.points[x]
         axis.plot([x] * len(values), values, ".", color=CURVE, markersize=4)
+    number_axis(axis, numbers)
+
+
+def number_axis(axis: Any, numbers: Sequence[float]) -> None:
+    """Mark these numbers on the axis of x, which is logarithmic where they span much."""
     if numbers and min(numbers) > 0 and max(numbers) >= 8 * min(numbers):
         axis.set_xscale("log")
     axis.set_xticks(numbers, [f"{x:g}" for x in numbers])
     axis.minorticks_off()
+
+
+def families(found: Mapping[str, T]) -> tuple[dict[str, dict[float, T]], list[T]]:
+    """Return variants "NAME NUMBER" as name -> number -> value, and the values of the others."""
+    named: dict[str, dict[float, T]] = {}
+    plain = []
+    for name, value in found.items():
+        match = re.fullmatch(r"(.*\S)\s+([0-9.]+(?:e-?[0-9]+)?)", name)
+        if match:
+            named.setdefault(match[1], {})[float(match[2])] = value
+        else:
+            plain.append(value)
+    return named, plain
 
 
 STYLE: Any = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -203,14 +202,7 @@ def leakage_curves(found: Summaries) -> bytes | None:
 
     The first variant without a number is drawn as the line to compare with. None without families.
     """
-    families: dict[str, dict[float, Sequence[Mapping[str, Any]]]] = {}
-    plain: list[Sequence[Mapping[str, Any]]] = []
-    for name, trials in found.items():
-        match = re.fullmatch(r"(.*\S)\s+([0-9.]+(?:e-?[0-9]+)?)", name)
-        if match:
-            families.setdefault(match[1], {})[float(match[2])] = trials
-        else:
-            plain.append(trials)
+    families, plain = curves.families(found)
     if not families:
         return None
     panels = [

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jinv import image
-from jinv.reports import page
+from jinv.reports import curves, page
 from jinv.reports.curves import (
     CURVE,
     INK,
@@ -183,11 +182,13 @@ def sheet(found: np.ndarray, truth: np.ndarray, neighbours: np.ndarray) -> bytes
             f"images {found.shape}, {truth.shape} and {neighbours.shape} make no rows: they are "
             "(n, H, W, C), of one size"
         )
-    rows = [
-        np.round(127.5 * (np.clip(x, -1, 1) + 1)).astype(np.uint8)
-        for x in (found, truth, neighbours)
-    ]
-    return page.png(image.rows(rows, max(1, 96 // found.shape[1])))
+    return in_rows((found, truth, neighbours))
+
+
+def in_rows(batches: Sequence[np.ndarray]) -> bytes:
+    """Return a PNG of batches (n, H, W, C) in [-1, 1], a row each; small images are enlarged."""
+    shown = [np.round(127.5 * (np.clip(x, -1, 1) + 1)).astype(np.uint8) for x in batches]
+    return page.png(image.rows(shown, max(1, 96 // shown[0].shape[1])))
 
 
 def sections(
@@ -341,21 +342,17 @@ def sweep_curves(found: Found) -> bytes | None:
 
     Bars are the 95 % intervals of a single trial. None without families.
     """
-    families: dict[str, dict[float, Sequence[Mapping[str, Any]]]] = {}
-    for name, trials in found.items():
-        match = re.fullmatch(r"(.*\S)\s+([0-9.]+(?:e-?[0-9]+)?)", name)
-        if match:
-            families.setdefault(match[1], {})[float(match[2])] = trials
+    families, _ = curves.families(found)
     if not families:
         return None
     matplotlib = load_matplotlib()
     attackers = list(dict.fromkeys(name for trials in found.values() for name in rates(trials)))
     columns = min(3, len(families))
-    rows = math.ceil(len(families) / columns)
+    lines = math.ceil(len(families) / columns)
     with matplotlib.rc_context(STYLE):
-        figure = matplotlib.figure.Figure((3.4 * columns, 2.5 * rows))
+        figure = matplotlib.figure.Figure((3.4 * columns, 2.5 * lines))
         figure.set_layout_engine("constrained", w_pad=0.05, h_pad=0.08)
-        axes = figure.subplots(rows, columns, squeeze=False).ravel()
+        axes = figure.subplots(lines, columns, squeeze=False).ravel()
         for axis in axes[len(families) :]:
             axis.set_axis_off()
         for axis, (family, points) in zip(axes, families.items(), strict=False):
@@ -377,10 +374,7 @@ def sweep_curves(found: Found) -> bytes | None:
                 for x in known if all(len(points[x]) == 1 for x in known) else ():
                     ends = points[x][0]["attackers"][attacker]["intervals"][_AT]
                     axis.plot([x, x], ends, color=color, linewidth=1)
-            if min(numbers) > 0 and max(numbers) >= 8 * min(numbers):
-                axis.set_xscale("log")
-            axis.set_xticks(numbers, [f"{x:g}" for x in numbers])
-            axis.minorticks_off()
+            curves.number_axis(axis, numbers)
             axis.set_ylim(0, 1.03)
             axis.set_xlabel(family, color=MUTED)
         _legend(axes[0], "best")

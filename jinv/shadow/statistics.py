@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jinv.files import write_atomic
+from jinv.files import write_arrays
 
 _BLOCK = 2**22
 """Numbers of a batch that are held in float64 at once, for products."""
@@ -83,9 +82,7 @@ class Statistics:
         arrays = {"count": np.asarray(self.count), "mean": np.asarray(self.mean), "std": self.std}
         if self.comoment is not None:
             arrays["covariance"] = self.covariance
-        file = io.BytesIO()
-        np.savez(file, **arrays)  # type: ignore[arg-type]
-        write_atomic(path, file.getvalue())
+        write_arrays(path, arrays)
 
 
 def of(
