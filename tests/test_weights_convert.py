@@ -670,6 +670,37 @@ def test_to_flax_transposes_convolutions_and_linears_only() -> None:
     assert all(np.array_equal(back[name], state[name]) for name in state)
 
 
+def test_what_is_no_weight_keeps_torchs_axes(tmp_path: Path) -> None:
+    """Attention's tables and scales a channel; indices are int32 in JAX and int64 in torch."""
+    model = torch.nn.Module()
+    model.fc = torch.nn.Linear(4, 3)
+    model.layer_scale = torch.nn.Parameter(torch.randn(5, 1, 1))
+    model.attn = torch.nn.Module()
+    model.attn.relative_position_bias_table = torch.nn.Parameter(torch.randn(9, 2))
+    index = torch.arange(16).reshape(4, 4).t()
+    model.attn.register_buffer("relative_position_index", index)
+    template = {
+        "fc": {"weight": leaf(4, 3), "bias": leaf(3)},
+        "layer_scale": leaf(5, 1, 1),
+        "attn": {
+            "relative_position_bias_table": leaf(9, 2),
+            "relative_position_index": leaf(4, 4, dtype=np.int32),
+        },
+    }
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tree = to_flax(read(save(tmp_path / "w.pth", state, False)), template)
+    assert tree["attn"]["relative_position_index"].dtype == np.int32
+    assert np.array_equal(tree["attn"]["relative_position_index"], index.numpy())
+    table = state["attn.relative_position_bias_table"].numpy()
+    assert np.array_equal(tree["attn"]["relative_position_bias_table"], table)
+    assert np.array_equal(tree["layer_scale"], state["layer_scale"].numpy())
+    write(tmp_path / "out.pth", from_flax(tree))
+    written = torch.load(tmp_path / "out.pth", weights_only=True)
+    assert_same(read(tmp_path / "out.pth"), {name: state[name] for name in written})
+    assert written["attn.relative_position_index"].dtype == torch.int64
+    model.load_state_dict(written, strict=True)
+
+
 def test_mismatch_names_every_key_with_shapes() -> None:
     state = {
         "conv.weight": np.zeros((4, 3, 1, 1)),  # a 1x1 convolution is no linear

@@ -1,7 +1,9 @@
 """Between torch's state_dict and a Flax tree whose paths are torch's names: transposes alone.
 
-A leaf's torch name is its path joined by dots. Convolution kernels are OIHW in torch and HWIO
-in Flax, linear weights (out, in) and (in, out); everything else is the same on both sides.
+A leaf's torch name is its path joined by dots. What is called ``weight`` is OIHW in torch and HWIO
+in Flax if it has four axes, (out, in) and (in, out) if it has two. Everything else keeps torch's
+axes, also tables such as ``relative_position_bias_table``. Whole numbers are int64 in torch, int32
+in JAX.
 """
 
 import math
@@ -20,6 +22,7 @@ Leaves = Mapping[str, tuple[Path, Any]]
 SHOWN = 10  # names of a list in an error message; the others are counted
 _COUNTER = "num_batches_tracked"  # absent from files of torch < 0.4.1; an int64 in torch
 _TO_FLAX = {4: (2, 3, 1, 0), 2: (1, 0)}
+_WIDENED = {"int32": np.int64, "bfloat16": np.float32}
 _TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0)}
 
 # Attributes under which wrappers hold a network, and objectives their own weights.
@@ -110,7 +113,7 @@ def from_flax(variables: Tree) -> dict[str, np.ndarray]:
 
     Returns:
         Contiguous arrays in torch's layout by torch's names, in the order of the tree, numbered
-        children by their number. ``num_batches_tracked`` is int64; bfloat16 becomes float32.
+        children by their number. ``num_batches_tracked`` and int32 become int64, bfloat16 float32.
 
     Raises:
         WeightsError: names layers that are not finite and variances below zero, or two leaves
@@ -341,7 +344,8 @@ def _kind(dtype: np.dtype) -> str:
 def _to_torch(name: str, path: Path, array: np.ndarray) -> np.ndarray:
     if path[-1] == _COUNTER:
         return np.rint(array).astype(np.int64, order="C")
-    dtype = np.dtype(np.float32) if array.dtype.name == "bfloat16" else array.dtype
+    # JAX has no int64 unless asked, NumPy no bfloat16.
+    dtype = np.dtype(_WIDENED.get(array.dtype.name, array.dtype))
     return array.transpose(_axes(name, array.ndim, _TO_TORCH)).astype(dtype, order="C")
 
 
