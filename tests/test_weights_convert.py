@@ -1011,6 +1011,17 @@ def test_round_trip_is_bit_exact(tmp_path: Path, name: str, suffix: str, legacy:
     assert_same(read(out), state)
 
 
+def test_torchvision_loads_a_written_mnasnet(tmp_path: Path) -> None:
+    """It asks for a version, which torch.save keeps beside the names."""
+    models = pytest.importorskip("torchvision").models
+    model = models.mnasnet0_5(num_classes=3)
+    state = {name: value.numpy() for name, value in model.state_dict().items()}
+    write(tmp_path / "w.pth", state)
+    loaded = torch.load(tmp_path / "w.pth", weights_only=True)
+    models.mnasnet0_5(num_classes=3).load_state_dict(loaded, strict=True)
+    assert read(tmp_path / "w.pth").keys() == state.keys()
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_write_every_element_type(tmp_path: Path, suffix: str) -> None:
     state = {k: v.detach().numpy() for k, v in zoo().items() if k != "bfloat16"}

@@ -144,7 +144,7 @@ def _pickle(arrays: Mapping[str, np.ndarray]) -> Iterator[bytes]:
         yield b"(" + reference + _int(array.size) + b"tQ"
         yield _int(0) + _ints(array.shape) + _ints(_strides(array.shape))
         yield b"\x89" + _ORDERED_DICT + b"tR"  # requires_grad=False, no hooks
-    yield b"u."
+    yield b"u" + _METADATA + b"b."
 
 
 def _strides(shape: tuple[int, ...]) -> list[int]:
@@ -175,3 +175,16 @@ def _ints(values: tuple[int, ...] | list[int]) -> bytes:
 
 
 _ORDERED_DICT = _global("collections", "OrderedDict") + b")R"
+# What torch.save keeps as the attribute _metadata: the version of the whole, without which
+# torchvision's MNASNet loads nothing. 2 is MNASNet's; no other network of torchvision asks.
+_METADATA = (
+    b"}("
+    + _text("_metadata")
+    + _ORDERED_DICT
+    + b"("
+    + _text("")
+    + b"}("
+    + _text("version")
+    + _int(2)
+    + b"uuu"
+)
