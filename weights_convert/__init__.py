@@ -2,7 +2,7 @@
 
 from weights_convert.arrays import read_arrays
 from weights_convert.errors import WeightsError
-from weights_convert.layout import from_flax, match, shapes, to_flax
+from weights_convert.layout import from_flax, match, naming, shapes, to_flax
 from weights_convert.read import read
 from weights_convert.write import write
 
@@ -10,6 +10,7 @@ __all__ = [
     "WeightsError",
     "from_flax",
     "match",
+    "naming",
     "read",
     "read_arrays",
     "shapes",

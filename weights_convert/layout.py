@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from weights_convert.errors import WeightsError, shown
+from weights_convert.renames import namings, natural
 
 Path = tuple[str | int, ...]
 Tree = Mapping[Any, Any]
@@ -48,7 +49,7 @@ def to_flax(state: Mapping[str, np.ndarray], template: Tree, *, partial: bool = 
 
     Args:
         state: arrays in torch's layout by torch's names, as `read` returns them; see `match` for
-            names that differ in a prefix and for entries that belong to no layer.
+            names that differ and for entries that belong to no layer.
         template: nested dict with str or int keys and leaves that have ``shape`` and ``dtype``.
         partial: leaves that the state lacks are left out, instead of missed.
 
@@ -79,9 +80,10 @@ def match(
     """Return a state's arrays under the network's own names.
 
     A prefix under which all of the network's names are found, such as ``model.``, is removed; with
-    ``partial`` only one that is made of usual words. Dropped are entries that belong to no layer:
-    single numbers such as ``n_averaged`` and ``epoch``, weights of a loss, counters of layers that
-    the network keeps without, and whatever lies outside the prefix.
+    ``partial`` only one that is made of usual words. Names that others give to the same layers
+    (see `naming`) are replaced if the state has all of them. Dropped are entries that belong to no
+    layer: single numbers such as ``n_averaged`` and ``epoch``, weights of a loss, counters of
+    layers that the network keeps without, and whatever lies outside the prefix.
 
     Args:
         state: arrays by torch's names.
@@ -95,6 +97,16 @@ def match(
     named = _matched(state, leaves, partial, problems)
     problems.raise_any(named, leaves)
     return named
+
+
+def naming(state: Mapping[str, np.ndarray], template: Tree) -> str | None:
+    """Return whose names a state has, such as "timm's"; None if they are the network's own.
+
+    Names and shapes do not tell all of what a network computes: timm has some that differ from
+    torchvision's of the same names in the padding or in BatchNorm's epsilon.
+    """
+    found = _other_names(state, _by_name(template))
+    return found[0] if found else None
 
 
 def shapes(template: Tree) -> dict[str, tuple[int, ...]]:
@@ -158,7 +170,7 @@ class _Problems:
         ]
         for group, entries in self._ordered():
             lines.append(f"{len(entries)} {group}:")
-            entries.sort(key=lambda entry: _natural(entry[0].split(".")))
+            entries.sort(key=lambda entry: natural(entry[0].split(".")))
             lines.extend(f"  {shown(name)}{detail}" for name, detail in entries[:SHOWN])
             if len(entries) > SHOWN:
                 last = shown(entries[-1][0])
@@ -207,7 +219,51 @@ def _matched(
     state: Mapping[str, np.ndarray], leaves: Leaves, partial: bool, problems: _Problems
 ) -> dict[str, np.ndarray]:
     """Return the state's arrays by the network's names, after noting names that are not."""
-    wanted = {name for name in leaves if not _is_counter(name)}
+    others = None if partial else _other_names(state, leaves)
+    if others is None:
+        return _under(state, leaves, partial, problems)
+    names = others[1]
+    found = _under(state, {names[name]: leaf for name, leaf in leaves.items()}, False, problems)
+    return {
+        name: _reshaped(name, found[names[name]], leaf)
+        for name, (_, leaf) in leaves.items()
+        if names[name] in found
+    }
+
+
+def _other_names(
+    state: Mapping[str, np.ndarray], leaves: Leaves
+) -> tuple[str, dict[str, str]] | None:
+    """Return whose names a state has, if not the network's, and theirs by the network's."""
+    if _prefix(state, _needed(leaves), False)[1]:
+        return None
+    for origin, names in namings(leaves):
+        if _prefix(state, {names[name] for name in _needed(leaves)}, False)[1]:
+            return origin, names
+    return None
+
+
+def _needed(leaves: Leaves) -> set[str]:
+    """Names without which there is no network."""
+    return {name for name in leaves if not _is_counter(name)}
+
+
+def _reshaped(name: str, value: np.ndarray, leaf: Any) -> np.ndarray:
+    """Give a layer that others hold with more or fewer axes the network's.
+
+    A linear layer may be a convolution over the whole map, and a scale a channel have axes of one.
+    """
+    value, shape = np.asarray(value), tuple(leaf.shape)
+    wanted = _permuted(shape, _axes(name, len(shape), _TO_TORCH))
+    fits = value.ndim != len(wanted) and value.size == math.prod(wanted)
+    return value.reshape(wanted) if fits and value.shape[:1] == wanted[:1] else value
+
+
+def _under(
+    state: Mapping[str, np.ndarray], leaves: Leaves, partial: bool, problems: _Problems
+) -> dict[str, np.ndarray]:
+    """Return the state's arrays without a prefix, after noting names that are none of these."""
+    wanted = _needed(leaves)
     prefix, whole = _prefix(state, wanted, partial)
     added = "" if prefix or whole else _lost_prefix(state, wanted, partial)
     named = {}
@@ -356,12 +412,6 @@ def _axes(name: str, rank: int, table: Mapping[int, tuple[int, ...]]) -> tuple[i
 
 def _permuted(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:
     return tuple(shape[axis] for axis in axes)
-
-
-def _natural(path: Sequence[str | int]) -> list[tuple[float, str]]:
-    """Sort key: numbers by value and before words, of which a layer's weight is the first."""
-    words = [str(k) if k != "weight" else "" for k in path]
-    return [(int(word), "") if word.isdecimal() else (math.inf, word) for word in words]
 
 
 def _by_name(tree: Tree) -> dict[str, tuple[Path, Any]]:
