@@ -1,6 +1,7 @@
 """`weights_convert` against torch: same numbers, nothing run, every bad file one clear error."""
 
 import collections
+import contextlib
 import importlib.metadata
 import importlib.util
 import io
@@ -974,6 +975,59 @@ def test_a_variance_below_zero_is_named() -> None:
         to_flax({"norm.mean": np.ones(2), "norm.var": np.array([1.0, -2.0])}, template)
     free = {"var": np.array([-1.0], np.float32)}  # no statistic: it has no mean
     assert np.array_equal(from_flax(to_flax(free, {"var": leaf(1)}))["var"], free["var"])
+
+
+def test_the_first_mnasnet_is_told_from_todays() -> None:
+    models = pytest.importorskip("torchvision").models
+    model = models.mnasnet0_5(num_classes=3)
+    template = template_of(model.state_dict())
+    first = type(model.state_dict())(model.state_dict())
+    first._metadata = {"": {"version": 1}}
+    with (
+        pytest.warns(UserWarning, match="new version of MNASNet"),
+        contextlib.suppress(RuntimeError),
+    ):
+        model.load_state_dict(first)  # gives it the first version's layers
+    state = {name: value.numpy() for name, value in model.state_dict().items()}
+    assert state["layers.6.weight"].shape == (16, 32, 1, 1)
+    with pytest.raises(WeightsError, match="torchvision's first version of MNASNet") as caught:
+        to_flax(state, template)
+    assert "it is another network" in str(caught.value).splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "heads"), [("googlenet", ("aux1.", "aux2.")), ("inception_v3", ("AuxLogits.",))]
+)
+def test_heads_that_only_training_needs_may_be_absent(name: str, heads: tuple[str, ...]) -> None:
+    """torchvision drops them from a network that it loads, and timm never has them."""
+    models = pytest.importorskip("torchvision").models
+    with torch.device("meta"):
+        model = models.get_model(name, weights=None, init_weights=False)
+    rng = np.random.default_rng(0)
+    state = {
+        key: rng.uniform(1, 2, [min(n, 2) for n in value.shape]).astype(np.float32)
+        for key, value in model.state_dict().items()
+        if not key.endswith("num_batches_tracked")
+    }
+    template = template_of({k: types.SimpleNamespace(shape=v.shape) for k, v in state.items()})
+    body = {key: value for key, value in state.items() if not key.startswith(heads)}
+    assert 0 < len(body) < len(state)
+    zeros = {key: value * 0 for key, value in state.items() if key not in body}
+    for prefix in ("", "model."):
+        given = {prefix + key: value for key, value in body.items()}
+        back = from_flax(to_flax(given, template))
+        for key, value in (body | zeros).items():
+            assert np.array_equal(back[key], value), key
+    part = dict(state)
+    del part[next(key for key in state if key.startswith(heads[-1]))]
+    with pytest.raises(WeightsError, match=rf"1 missing(?s:.*)\n  {heads[-1]}"):
+        to_flax(part, template)
+    # What is called so elsewhere is a layer like any other.
+    with pytest.raises(WeightsError, match=r"\n  aux1\.weight"):
+        to_flax(
+            {"a.weight": np.ones(2)},
+            template_of({"a.weight": np.ones(2), "aux1.weight": np.ones(2)}),
+        )
 
 
 def test_narrow_and_wide_floats_become_the_networks() -> None:

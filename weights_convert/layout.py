@@ -42,6 +42,10 @@ _TREATED = {
     "_packed_params": "it is quantised: save the float network",
     "zero_point": "it is quantised: save the float network",
 }
+# Heads that only training needs, and the module that each hangs on.
+_AUXILIARY = {"aux1": "inception4a", "aux2": "inception4d", "AuxLogits": "Mixed_6e"}
+# Where torchvision's first MNASNet had as many channels at every width.
+_MNASNET_STEM = (*(f"layers.{i}." for i in (0, 1, 3, 4, 6, 7)), "layers.8.0.")
 
 
 def to_flax(state: Mapping[str, np.ndarray], template: Tree, *, partial: bool = False) -> dict:
@@ -56,7 +60,8 @@ def to_flax(state: Mapping[str, np.ndarray], template: Tree, *, partial: bool = 
     Returns:
         A nested dict with the template's keys, shapes and element types, of contiguous arrays
         that share no memory with ``state``. ``num_batches_tracked`` is rounded; one that is empty
-        or that the state lacks is 0.
+        or that the state lacks is 0, and so are the auxiliary heads of GoogLeNet and Inception
+        that it lacks: torchvision drops them after training, and the logits do without.
 
     Raises:
         WeightsError: says how many tensors are missing, unexpected, misshaped or otherwise
@@ -65,8 +70,9 @@ def to_flax(state: Mapping[str, np.ndarray], template: Tree, *, partial: bool = 
     leaves = _by_name(template)
     problems = _Problems()
     named = _matched(state, leaves, partial, problems)
+    absent = _absent_heads(named, leaves)
     arrays = {
-        path: _fit(name, leaf, named, problems)
+        path: _zeros(leaf) if name in absent else _fit(name, leaf, named, problems)
         for name, (path, leaf) in leaves.items()
         if not partial or name in named
     }
@@ -166,7 +172,7 @@ class _Problems:
         classes = self._classes(state, leaves)
         lines = [
             f"the weights do not fit the network's {len(leaves)} tensors: {', '.join(counts)}; "
-            + self._advice(leaves, classes)
+            + self._advice(state, leaves, classes)
         ]
         for group, entries in self._ordered():
             lines.append(f"{len(entries)} {group}:")
@@ -180,7 +186,7 @@ class _Problems:
     def _ordered(self) -> list[tuple[str, list[tuple[str, str]]]]:
         return sorted(self._groups.items())
 
-    def _advice(self, leaves: Leaves, classes: int | None) -> str:
+    def _advice(self, state: Mapping[str, np.ndarray], leaves: Leaves, classes: int | None) -> str:
         """Say what is the likely cause."""
         if classes is not None:
             return f"only the last layer differs: classes: {classes} fits the head of this file"
@@ -188,6 +194,12 @@ class _Problems:
         for part, cause in _TREATED.items():
             if any(part in name.split(".") for name in strange):
                 return cause
+        wrong = [name for name, _ in self._groups.get(_MISSHAPED, ())]
+        if _is_first_mnasnet(state) and wrong and all(n.startswith(_MNASNET_STEM) for n in wrong):
+            return (
+                "the file is of torchvision's first version of MNASNet, whose first layers have "
+                "other widths: it is another network"
+            )
         if not self._groups.keys() & {_MISSING, _UNEXPECTED, _MISSHAPED}:
             return "the file is of this network, but its values cannot be used"
         missing = sum(not _is_counter(name) for name, _ in self._groups.get(_MISSING, ()))
@@ -245,7 +257,26 @@ def _other_names(
 
 def _needed(leaves: Leaves) -> set[str]:
     """Names without which there is no network."""
-    return {name for name in leaves if not _is_counter(name)}
+    heads = _heads(leaves)
+    return {name for name in leaves if not _is_counter(name) and name not in heads}
+
+
+def _heads(leaves: Leaves) -> dict[str, str]:
+    """Return the head of every name that is of an auxiliary one."""
+    modules = {name.partition(".")[0] for name in leaves}
+    heads = {head for head, trunk in _AUXILIARY.items() if trunk in modules}
+    return {name: head for name in leaves if (head := name.partition(".")[0]) in heads}
+
+
+def _absent_heads(state: Mapping[str, Any], leaves: Leaves) -> set[str]:
+    """Names of auxiliary heads of which the state has nothing."""
+    heads = _heads(leaves)
+    present = {heads[name] for name in state if name in heads}
+    return {name for name, head in heads.items() if head not in present}
+
+
+def _zeros(leaf: Any) -> np.ndarray:
+    return np.zeros(tuple(leaf.shape), np.dtype(leaf.dtype))
 
 
 def _reshaped(name: str, value: np.ndarray, leaf: Any) -> np.ndarray:
@@ -324,6 +355,11 @@ def _lost_prefix(state: Mapping[str, Any], wanted: set[str], partial: bool) -> s
     return ""
 
 
+def _is_first_mnasnet(state: Mapping[str, np.ndarray]) -> bool:
+    first, block = state.get("layers.0.weight"), state.get("layers.8.0.layers.0.weight")
+    return first is not None and block is not None and np.shape(first) == (32, 3, 3, 3)
+
+
 def _is_counter(name: str) -> bool:
     return name.rpartition(".")[2] == _COUNTER
 
@@ -354,7 +390,7 @@ def _fit(
     counter = _is_counter(name)
     if name not in state:
         if counter:
-            return np.zeros(shape, dtype)
+            return _zeros(leaf)
         problems.add(_MISSING, name)
         return None
     array = np.asarray(state[name])
