@@ -1,5 +1,6 @@
 """`weights_convert` against torch: same numbers, nothing run, every bad file one clear error."""
 
+import argparse
 import collections
 import contextlib
 import importlib.metadata
@@ -237,7 +238,7 @@ def test_read_unwraps_a_training_checkpoint(tmp_path: Path, legacy: bool, name: 
         "best": torch.tensor(0.7),
         "acc": np.float64(0.9),
         "history": np.arange(3.0),
-        "args": __import__("argparse").Namespace(lr=0.1, path=Path("x")),
+        "args": argparse.Namespace(lr=0.1, path=Path("x")),
         "seen": {1, 2},
         "device": torch.device("cpu"),
         "counts": collections.defaultdict(list, a=[1]),
@@ -281,6 +282,119 @@ def test_of_several_networks_one_is_chosen_by_name(
     assert_same(read(path, key=second), {n: v + 1 for n, v in NETWORK.items()})
     with pytest.raises(WeightsError):
         read(path, key="third")
+
+
+def trained() -> tuple[Any, dict[str, Any]]:
+    """A network after a step, and what training scripts keep beside it."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        collections.OrderedDict(
+            conv1=torch.nn.Conv2d(3, 4, 3, padding=1, bias=False),
+            bn1=torch.nn.BatchNorm2d(4),
+            flat=torch.nn.Flatten(),
+            fc=torch.nn.Linear(4, 2),
+        )
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 3)
+    model(torch.randn(5, 3, 1, 1)).sum().backward()
+    optimizer.step()
+    args = argparse.Namespace(
+        lr=0.1, output_dir=Path("x"), device=torch.device("cpu"), betas=(0, 1)
+    )
+    return model, {
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": schedule.state_dict(),
+        "scaler": torch.amp.GradScaler("cpu").state_dict(),
+        "epoch": 3,
+        "args": args,
+    }
+
+
+def assert_reads(state: dict[str, np.ndarray], wanted: dict[str, Any]) -> None:
+    """The arrays fit the network and are these tensors, in float32."""
+    back = from_flax(to_flax(state, template_of(wanted)))
+    assert back.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert np.array_equal(back[name], tensor.float().numpy()), name
+
+
+@FORMATS
+def test_checkpoints_of_torchvisions_reference_scripts(tmp_path: Path, legacy: bool) -> None:
+    """Their average has a count beside names that begin with module."""
+    model, beside = trained()
+    average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    average.update_parameters(model)
+    with torch.no_grad():
+        model.fc.weight.add_(1)
+    saved = {"model": model.state_dict(), "model_ema": average.state_dict(), **beside}
+    path = save(tmp_path / "w.pth", saved, legacy)
+    with pytest.raises(
+        WeightsError, match=r"several networks .*\(model, model_ema\): .*--key NAME"
+    ):
+        read(path)
+    assert_reads(read(path, key="model"), model.state_dict())
+    assert_reads(read(path, key="model_ema"), average.module.state_dict())
+    del saved["model"]
+    assert_reads(read(save(path, saved, legacy)), average.module.state_dict())
+
+
+@FORMATS
+def test_checkpoints_of_timm(tmp_path: Path, legacy: bool) -> None:
+    model, beside = trained()
+    average = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    saved = {"arch": "tiny", "version": 2, "metric": 71.2, **beside}
+    saved |= {"state_dict": model.state_dict(), "state_dict_ema": average}
+    path = save(tmp_path / "w.pth", saved, legacy)
+    with pytest.raises(WeightsError, match=r"\(state_dict, state_dict_ema\): .*--key NAME"):
+        read(path)
+    assert_reads(read(path, key="state_dict"), model.state_dict())
+    assert_reads(read(path, key="state_dict_ema"), average)
+    del saved["state_dict_ema"]
+    assert_reads(read(save(path, saved, legacy)), model.state_dict())
+
+
+def _flat(model: Any) -> dict[str, Any]:
+    """All in one storage, as optimizers that flatten leave them."""
+    state = model.state_dict()
+    floats = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+    storage = torch.cat([tensor.flatten() for tensor in floats.values()])
+    sizes = [tensor.numel() for tensor in floats.values()]
+    for (name, tensor), part in zip(floats.items(), storage.split(sizes), strict=True):
+        state[name] = part.view(tensor.shape)
+    return state
+
+
+@FORMATS
+@pytest.mark.parametrize(
+    "stored",
+    [
+        lambda model: model.half().state_dict(),
+        lambda model: model.bfloat16().state_dict(),
+        lambda model: model.double().state_dict(),
+        lambda model: model.to(memory_format=torch.channels_last).state_dict(),
+        _flat,
+        lambda model: dict(model.named_parameters()) | dict(model.named_buffers()),
+    ],
+    ids=["half", "bfloat16", "double", "channels_last", "flat", "parameters"],
+)
+def test_weights_are_read_however_they_are_stored(
+    tmp_path: Path, legacy: bool, stored: Any
+) -> None:
+    model, _ = trained()
+    state = {name: value.detach() for name, value in stored(model).items()}
+    path = save(tmp_path / "w.pth", state, legacy)
+    names = list(model.state_dict())
+    assert_reads(read(path), {name: state[name] for name in sorted(state, key=names.index)})
+
+
+@FORMATS
+def test_two_names_of_one_tensor_are_both_read(tmp_path: Path, legacy: bool) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    arrays = read(save(tmp_path / "w.pth", model.state_dict(), legacy))
+    assert_reads(arrays, model.state_dict())
+    assert not np.shares_memory(arrays["0.weight"], arrays["1.weight"])
 
 
 def test_a_part_of_the_names_is_chosen_too(tmp_path: Path) -> None:

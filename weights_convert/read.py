@@ -179,12 +179,13 @@ def _find_wrapped(saved: object, seen: set[int]) -> dict[str, Tensor]:
 
 def _check_alone(saved: dict, chosen: str, found: dict[str, Tensor]) -> None:
     """Refuse a file with another network of the same layers: which is meant, it does not say."""
-    names = _without_prefix(found).keys()
+    names = {_bare(name) for name in found}
     others = {id(v): (k, v) for k, v in saved.items() if v is not saved[chosen]}
     several = [chosen]
     for key, value in others.values():
         inside = [value, *(value.get(name) for name in WRAPPERS)] if isinstance(value, dict) else []
-        rivals = (_without_prefix(_tensors(part)).keys() & names for part in inside)
+        # Each name for itself: an average has a count beside its module's names.
+        rivals = ({_bare(name) for name in _tensors(part)} & names for part in inside)
         if any(2 * len(shared) > len(names) for shared in rivals):
             several.append(str(key))
     if len(several) > 1:
@@ -202,6 +203,12 @@ def _checked_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
                 f"{MAX_NAME} characters; the file is damaged, get a fresh copy"
             )
     return _without_prefix(tensors)
+
+
+def _bare(name: str) -> str:
+    while name.startswith(PREFIXES):
+        name = name.partition(".")[2]
+    return name
 
 
 def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
