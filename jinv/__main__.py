@@ -7,7 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-CONVERT, CONFIGS = "convert-weights", "configs"
+CONVERT, CONFIGS = "convert", "configs"
+FORMERLY = {"convert-weights": CONVERT}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(arguments: Sequence[str] | None) -> int:
     name, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or [""]
     name = name.replace("_", "-")
+    if name in FORMERLY:
+        print(f"`jinv {name}` is `jinv {FORMERLY[name]}` now", file=sys.stderr)
+        name = FORMERLY[name]
     if name in ("", "--help", "-h", "help"):
         print(_usage())
         return 0 if name else 2
@@ -36,9 +40,9 @@ def _main(arguments: Sequence[str] | None) -> int:
     if name == CONFIGS:
         return _configs()
     if name == CONVERT:
-        from jinv.recipes import convert_weights
+        from jinv.recipes import convert
 
-        return convert_weights.main(rest)
+        return convert.main(rest)
     from jinv import parallel, recipes
     from jinv.runs import command_line
 
@@ -59,7 +63,7 @@ def _main(arguments: Sequence[str] | None) -> int:
 def _usage() -> str:
     """Return the list of commands with what each does."""
     from jinv import recipes
-    from jinv.recipes import convert_weights
+    from jinv.recipes import convert
 
     told = {}
     for name in recipes.names():
@@ -70,7 +74,7 @@ def _usage() -> str:
         else:
             assert command is not None
             told[name] = command.about
-    told[CONVERT] = str(convert_weights.__doc__)
+    told[CONVERT] = str(convert.__doc__)
     told[CONFIGS] = "List the recipes that come with jinv."
     width = max(map(len, told))
     lines = [f"  {name:<{width}}  {about.strip().splitlines()[0]}" for name, about in told.items()]

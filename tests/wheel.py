@@ -58,9 +58,9 @@ def main() -> None:
         weights = folder / "out" / "pretrain" / "weights.safetensors"
         target = folder / "converted" / "lenet.pth"
         given = ("--input", str(weights), "--output", str(target))
-        call("convert-weights", *given, "--model", "lenet", "--classes", "2")
+        call("convert", *given)
         assert target.stat().st_size
-        print("jinv convert-weights: done", flush=True)
+        print("jinv convert: done", flush=True)
 
 
 if __name__ == "__main__":

@@ -336,7 +336,7 @@ def _prefix(state: Mapping[str, Any], wanted: set[str], partial: bool) -> tuple[
 
 CHOOSE = (
     "choose one by its name, read(path, key=NAME), or write it to a file of its own with "
-    "jinv convert-weights --key NAME"
+    "jinv convert --key NAME"
 )
 
 

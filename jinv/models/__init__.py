@@ -6,12 +6,21 @@ net = jinv.models.load("my_package.networks:mine", weights=None)
 """
 
 from jinv.models.network import Network
-from jinv.models.registry import entry, load, names, packaged_weights, register, template
+from jinv.models.registry import (
+    entry,
+    fitting,
+    load,
+    names,
+    packaged_weights,
+    register,
+    template,
+)
 from jinv.models.trained import load_trained
 
 __all__ = [
     "Network",
     "entry",
+    "fitting",
     "load",
     "load_trained",
     "names",

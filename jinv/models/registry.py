@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -316,19 +318,49 @@ def _read(name: str, path: str | Path, wanted: Variables) -> dict[str, Any]:
 _template = functools.cache(template)  # of the zoo's networks, to compare weights with
 
 
+def fitting(state: Mapping[str, np.ndarray], like: str = "") -> tuple[str, int] | None:
+    """Return name and number of classes of the zoo's network that weights fit, if there is one.
+
+    Names and shapes decide; see `weights_convert.naming` for names that others give. Networks whose
+    names are like `like`, such as a file's name, are looked at first, which is faster.
+
+    Args:
+      state: arrays in torch's layout by torch's names, as `weights_convert.read` returns them.
+      like: the likely name.
+    """
+    sizes = Counter(np.size(value) for value in state.values())
+    candidates = [*reversed(_ZOO)]  # small ones first
+    if like:
+        candidates.sort(key=lambda name: -difflib.SequenceMatcher(None, name, like).ratio())
+    for name in candidates:
+        wanted = _sizes(name)
+        if (wanted & sizes).total() < 0.7 * wanted.total():  # the last layer may be another
+            continue
+        try:
+            weights_convert.to_flax(state, _template(name))
+            return name, entry(name).classes
+        except weights_convert.WeightsError as error:
+            if error.classes:
+                return name, error.classes
+    return None
+
+
+@functools.cache
+def _sizes(name: str) -> Counter[int]:
+    """How many arrays of which size a network of the zoo has."""
+    return Counter(math.prod(shape) for shape in weights_convert.shapes(_template(name)).values())
+
+
 def _meant(name: str, state: Mapping[str, np.ndarray], wanted: Variables) -> str:
     """Say which other network of the zoo the weights fit, if they are far from this one's."""
     shapes = Counter(weights_convert.shapes(wanted).values())
     if (shapes & Counter(value.shape for value in state.values())).total() > 0.9 * shapes.total():
         return ""
-    for other in (known for known in reversed(_ZOO) if known != name):  # small ones first
-        try:
-            weights_convert.to_flax(state, _template(other))
-            return f"it is of {other}; "
-        except weights_convert.WeightsError as error:
-            if error.classes:
-                return f"it is of {other} with classes: {error.classes}; "
-    return ""
+    other, classes = fitting(state) or (name, 0)
+    if other == name:
+        return ""
+    usual = classes == entry(other).classes
+    return f"it is of {other}; " if usual else f"it is of {other} with classes: {classes}; "
 
 
 _OF_TORCH = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}

@@ -1,8 +1,0 @@
-"""`jinv convert-weights` from a checkout; `--help` says what it does."""
-
-import sys
-
-from jinv.__main__ import main
-
-if __name__ == "__main__":
-    sys.exit(main(["convert-weights", *sys.argv[1:]]))
