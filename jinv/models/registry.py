@@ -309,7 +309,7 @@ def _read(name: str, path: str | Path, wanted: Variables) -> dict[str, Any]:
     try:
         return jax.tree.map(jnp.asarray, weights_convert.to_flax(state, wanted))
     except weights_convert.WeightsError as error:
-        meant = "" if error.classes else _meant(name, state, wanted)
+        meant = "" if error.classes else _meant(name, state, wanted, Path(path).stem)
         raise weights_convert.WeightsError(
             f"{path} does not fit {name}: {meant}{error}", error.classes
         ) from None
@@ -351,12 +351,12 @@ def _sizes(name: str) -> Counter[int]:
     return Counter(math.prod(shape) for shape in weights_convert.shapes(_template(name)).values())
 
 
-def _meant(name: str, state: Mapping[str, np.ndarray], wanted: Variables) -> str:
+def _meant(name: str, state: Mapping[str, np.ndarray], wanted: Variables, like: str) -> str:
     """Say which other network of the zoo the weights fit, if they are far from this one's."""
     shapes = Counter(weights_convert.shapes(wanted).values())
     if (shapes & Counter(value.shape for value in state.values())).total() > 0.9 * shapes.total():
         return ""
-    other, classes = fitting(state) or (name, 0)
+    other, classes = fitting(state, like) or (name, 0)
     if other == name:
         return ""
     usual = classes == entry(other).classes
