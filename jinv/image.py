@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,10 @@ from jax import Array
 from jax.typing import DTypeLike
 from PIL import Image
 
+from jinv import checks
+
 A = TypeVar("A", Array, np.ndarray)
+Interpolation = Literal["bicubic", "bilinear"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,16 +37,21 @@ class Preprocessing:
       mean: one value a channel, in units of `pixel_range`.
       std: one value a channel, in units of `pixel_range`.
       pixel_range: (lo, hi), the values of black and white before normalisation.
+      resize: shorter side of the pictures, in pixels, that the images are the centre of, see
+        `centre_crop`; None for 32 more than the images' shorter side.
+      interpolation: how pictures are resampled, "bicubic" or "bilinear".
 
     Raises:
-      ValueError: a value is none of these; std is not positive, pixel_range does not rise, or mean
-        lies outside of it.
+      ValueError: a value is none of these; std is not positive, pixel_range does not rise, mean
+        lies outside of it, or resize is less than the images' shorter side.
     """
 
     size: int | tuple[int, int] = 224
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     pixel_range: tuple[float, float] = (0.0, 1.0)
+    resize: int | None = None
+    interpolation: Interpolation = "bicubic"
 
     def __post_init__(self) -> None:
         height, width = sides(self.size)
@@ -74,6 +82,9 @@ class Preprocessing:
                     else "give the values of black and white that it is of as pixel_range"
                 )
             )
+        if self.resize is not None:
+            object.__setattr__(self, "resize", _resize(self.resize, min(height, width)))
+        checks.one_of("interpolation", self.interpolation, get_args(Interpolation))
         object.__setattr__(self, "size", height if height == width else (height, width))
         object.__setattr__(self, "mean", tuple(mean.tolist()))
         object.__setattr__(self, "std", tuple(std.tolist()))
@@ -147,6 +158,17 @@ def sides(size: int | Sequence[int]) -> tuple[int, int]:
             f"width, such as (224, 320); not {size!r}"
         )
     return found
+
+
+def _resize(resize: Any, least: int) -> int:
+    if not checks.fits(checks.Count, resize):
+        raise ValueError(f"resize{checks.refusal(checks.Count | None, resize)}")
+    if resize < least:
+        raise ValueError(
+            f"resize must be at least the shorter side of the size, {least}, not {resize}: images "
+            "are cut out of the resized picture"
+        )
+    return int(resize)
 
 
 def _finite(name: str, given: object) -> np.ndarray:
@@ -367,13 +389,15 @@ def centre_crop(picture: Image.Image, preprocessing: Preprocessing) -> np.ndarra
     All readers of pictures bring them to a size here, in one of three ways:
 
     - A picture of this size stays as it is, bit for bit.
-    - One of these proportions with less than 256 px and less than S + 32 px a side, S the shorter
-      side of the size, is no photograph but a data set's small picture: it is resized whole.
+    - One of these proportions with less than 256 px or less than R px a side is no photograph but
+      a data set's small picture: it is resized whole. R is `resize`, or S + 32, S the shorter side
+      of the size.
     - Any other loses what is outside of the largest centred rectangle of these proportions, and of
-      this a margin: `S / (S + 32)` of its sides stay, as is usual in evaluation on ImageNet. Where
-      fewer pixels than S were left, the margin is an eighth at most.
+      this a margin: `S / R` of its sides stay, as is usual in evaluation on ImageNet. Without
+      `resize` the margin is an eighth at most where fewer pixels than S were left. With it the
+      image is what torchvision's Resize(R) and CenterCrop(S) make of the picture.
 
-    Resampling is bicubic. 16 bits a pixel become 8; what is transparent lies on white.
+    16 bits a pixel become 8; what is transparent lies on white.
 
     Raises:
       ValueError: the picture has pixels of an unknown range, or the network takes neither gray
@@ -387,17 +411,28 @@ def centre_crop(picture: Image.Image, preprocessing: Preprocessing) -> np.ndarra
     height, width = preprocessing.height, preprocessing.width
     picture = _plain(picture).convert("L" if preprocessing.channels == 1 else "RGB")
     if picture.size != (width, height):
-        picture = picture.crop(_centre(picture.size, (width, height)))
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+        method = Image.Resampling[preprocessing.interpolation.upper()]
+        box = None
+        if preprocessing.resize is not None:
+            box = _centre_of_resized(picture.size, (width, height), preprocessing.resize)
+        else:
+            picture = picture.crop(_centre(picture.size, (width, height)))
+        picture = picture.resize((width, height), method, box)
     return np.asarray(picture, np.float32).reshape(height, width, -1) / 255
+
+
+def _is_small(given: tuple[int, int], wanted: tuple[int, int], resized: int) -> bool:
+    """Whether a picture is of a data set, and has no margin; sizes are (width, height)."""
+    same_proportions = given[0] * wanted[1] == given[1] * wanted[0]
+    return same_proportions and min(given) < max(256, resized)
 
 
 def _centre(given: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int, int, int]:
     """Left, top, right and bottom of what stays of a picture; sizes are (width, height)."""
     short = min(wanted)
-    scales = [have * short / want for have, want in zip(given, wanted, strict=True)]
-    side = min(scales)  # of the largest rectangle, along the shorter side of what is wanted
-    if scales[0] != scales[1] or side >= max(256, short + 32):
+    # Of the largest rectangle, along the shorter side of what is wanted.
+    side = min(have * short / want for have, want in zip(given, wanted, strict=True))
+    if not _is_small(given, wanted, short + 32):
         side = max(int(short / (short + 32) * side), min(short, int(7 / 8 * side)), 1)
     kept = [
         min(have, max(1, round(side * want / short)))
@@ -406,6 +441,27 @@ def _centre(given: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int, 
     # An odd pixel goes to the left and top, as in the published evaluation.
     left, top = ((have - keep + 1) // 2 for have, keep in zip(given, kept, strict=True))
     return left, top, left + kept[0], top + kept[1]
+
+
+def _centre_of_resized(
+    given: tuple[int, int], wanted: tuple[int, int], resize: int
+) -> tuple[float, float, float, float]:
+    """Return where in a picture the centre lies that torchvision cuts out of the resized one.
+
+    Resampling this box makes the same pixels, but for roundings, and none that are then cut off.
+    """
+    if _is_small(given, wanted, resize):
+        return 0, 0, *given
+    # Of the side that is short for these proportions. torchvision drops fractions of pixels.
+    have, want = min(zip(given, wanted, strict=True), key=lambda pair: pair[0] / pair[1])
+    resized = [side * resize * want // (have * min(wanted)) for side in given]
+    starts = [round((of - cut) / 2) for of, cut in zip(resized, wanted, strict=True)]
+    left, top = (i * side / of for i, side, of in zip(starts, given, resized, strict=True))
+    right, bottom = (
+        min((i + cut) * side / of, side)
+        for i, cut, side, of in zip(starts, wanted, given, resized, strict=True)
+    )
+    return left, top, right, bottom
 
 
 def _plain(picture: Image.Image) -> Image.Image:

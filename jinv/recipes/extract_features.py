@@ -82,7 +82,8 @@ class Summary(command.Summary):
       network: model, weights, classes, name: as in the config.
       data: as in the config.
       classes: names.
-      preprocessing: size, mean, std, pixel_range: what makes an image normalised.
+      preprocessing: of the network: size, mean, std, pixel_range, what makes an image normalised;
+        resize, interpolation, what makes an image of a picture elsewhere.
       features: length of a feature vector.
       image: height, width and channels of the images that were kept; null if none were.
       images: split -> number of images.

@@ -96,7 +96,8 @@ class Summary(command.Summary):
       data: as in the config.
       classes: names.
       preprocessing: size, mean, std, pixel_range: what makes an image normalised; the mean and
-        deviation of the training images, or what the given weights want.
+        deviation of the training images, or what the given weights want. resize, interpolation:
+        what makes an image of a picture, as of those that it was trained on.
       epochs: done, without those of the head.
       steps: done, of both.
       images: number of training images.
@@ -315,7 +316,10 @@ def _read(config: Config) -> tuple[Net, data.Dataset, data.Dataset]:
     _check_shapes(config.model, train, test, space.channels)
     if source is not None:
         _check_proportions(train.images, space)
-    seen = measured(train.images, usual.channels) if source is None else space
+    if source is None:
+        seen = measured(train.images, usual.channels)
+    else:  # it learns pictures as `data` brings them to a size, whatever the weights were for
+        seen = dataclasses.replace(space, resize=None, interpolation="bicubic")
     try:
         net = models.load(
             config.model, None, classes=len(train.classes), preprocessing=seen, seed=config.seed

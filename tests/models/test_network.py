@@ -56,6 +56,28 @@ def test_a_file_a_folder_and_random_weights_are_read(tmp_path: Path) -> None:
     assert Network(NAME, "random", classes=3).load().classes == 3
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"resize": "wide"}, "holds no trained network: resize must be"),
+        ({"resize": 23}, "at least the shorter side of the size, 24"),
+        ({"interpolation": "cubic"}, "interpolation must be one of"),
+        ({"crop": 24}, "crop"),
+    ],
+)
+def test_a_folders_preprocessing_is_checked(
+    tmp_path: Path, more: dict[str, object], message: str
+) -> None:
+    trained(tmp_path, 1)
+    net = models.load_trained(tmp_path)  # of before pictures had a resize
+    assert (net.preprocessing.resize, net.preprocessing.interpolation) == (None, "bicubic")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary["preprocessing"] |= more
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(ValueError, match=message):
+        models.load_trained(tmp_path)
+
+
 def test_a_network_is_shared_while_anyone_holds_it_and_freed_afterwards(tmp_path: Path) -> None:
     write(tmp_path / "file.pth", 1)
     path = str(tmp_path / "file.pth")

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -380,6 +381,25 @@ def test_the_new_head_is_random_and_the_rest_is_not(other: Path, finished: Path)
     assert not np.array_equal(heads[0], heads[2])
     for name in set(source.variables) - {"linear"}:
         jax.tree.map(np.testing.assert_array_equal, found[0][name], source.variables[name])
+
+
+def test_a_transferred_network_wants_pictures_as_it_was_shown_them(
+    other: Path, finished: Path, tmp_path: Path
+) -> None:
+    """Not as the weights that it began with: `data` brings all pictures to a size in one way."""
+    shutil.copytree(finished, tmp_path / "run")
+    summary = json.loads((finished / "summary.json").read_text())
+    was = summary["preprocessing"]
+    assert (was["resize"], was["interpolation"]) == (None, "bicubic")
+    summary["preprocessing"] = was | {"resize": 40, "interpolation": "bilinear"}
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    source = models.load_trained(tmp_path / "run").preprocessing
+    assert (source.resize, source.interpolation) == (40, "bilinear")
+    path = transfer(other, tmp_path / "run")
+    prepared = pretrain.Pretraining(configs.build(pretrain.Config, configs.read_yaml(path)))
+    found = prepared.net.preprocessing
+    assert (found.resize, found.interpolation) == (None, "bicubic")
+    assert (found.size, found.mean) == (source.size, source.mean)
 
 
 def test_a_file_of_any_number_of_classes(other: Path, finished: Path) -> None:
