@@ -69,6 +69,8 @@ class Net:
       trained: paths in `variables` of what training changes, or beginnings of such paths; None for
         all floating-point numbers but the statistics.
       class_names: of every class, where they are known.
+      weights: which published ones the variables are, as torchvision calls them, such as
+        "IMAGENET1K_V2"; None for others.
     """
 
     name: str
@@ -86,6 +88,7 @@ class Net:
     head: Path | None = None
     trained: frozenset[Path] | None = None
     class_names: tuple[str, ...] | None = dataclasses.field(default=None, repr=False)
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         _check_numbers(self)

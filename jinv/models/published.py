@@ -6,6 +6,10 @@ They are data, of torchvision 0.28; a test compares them with it. Nothing here d
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+
+from jinv import files
+from jinv.image import Interpolation, Preprocessing
 
 _TABLE = """
 alexnet            IMAGENET1K_V1             alexnet-owt-7be5be79.pth               224 256 bilinear
@@ -145,7 +149,7 @@ class Published:
     file: str
     size: int
     resize: int
-    interpolation: str
+    interpolation: Interpolation
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -154,12 +158,59 @@ class Published:
         """First hex digits of the file's sha256, as its name ends in them: eight or ten."""
         return self.file.removesuffix(".pth").rpartition("-")[2]
 
+    @property
+    def classifies(self) -> bool:
+        """Whether the last layers have weights; of VGG16's "IMAGENET1K_FEATURES" they are NaN."""
+        return self.member != "IMAGENET1K_FEATURES"
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What makes of a picture an image as the weights were evaluated on."""
+        return Preprocessing(
+            self.size,
+            self.mean,
+            self.std,
+            resize=self.resize,
+            interpolation=self.interpolation,
+        )
+
 
 def _row(line: str) -> Published:
-    network, member, file, size, resize, interpolation = line.split()
+    network, member, file, size, resize, method = line.split()
+    interpolation: Interpolation = "bicubic" if method == "bicubic" else "bilinear"
     normalisation = _NORMALISED.get(file, _IMAGENET)
     return Published(network, member, file, int(size), int(resize), interpolation, *normalisation)
 
 
 ALL = tuple(map(_row, _TABLE.strip().splitlines()))
 """All of them; of one network in torchvision's order, the oldest first."""
+
+_LARGEST = 2**32
+"""Bytes; the largest published file, of regnet_y_128gf, has 2.6e9. Others are not read."""
+
+
+def preprocessing(network: str) -> Preprocessing:
+    """Return the usual preprocessing of a network: that of its oldest weights.
+
+    Raises:
+      ValueError: torchvision publishes no weights of it.
+    """
+    for row in ALL:
+        if row.network == network:
+            return row.preprocessing
+    raise ValueError(f"torchvision publishes no weights of a network called {network!r}")
+
+
+def of(path: str | Path) -> Published | None:
+    """Return which published file this is, by the beginning of its sha256; None if it is none.
+
+    Its name does not count: people train on and keep it, or give it another.
+    """
+    file = files.path(path)
+    try:
+        if not file.is_file() or file.stat().st_size > _LARGEST:
+            return None
+        digest = files.sha256(file)
+    except OSError:  # who reads the weights says what is wrong
+        return None
+    return next((row for row in ALL if digest.startswith(row.sha256)), None)

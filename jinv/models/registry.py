@@ -26,6 +26,7 @@ from jinv.models import (
     lenet,
     mobilenet,
     own,
+    published,
     resnet,
     resnet_cifar,
     vgg,
@@ -139,6 +140,11 @@ _REGISTRY: dict[str, Entry] = {
     "resnet20_cifar": _cifar((3, 3, 3), widths=(16, 32, 64), projection=False),
 }
 
+# As torchvision evaluates its own.
+for _name in _REGISTRY.keys() & {row.network for row in published.ALL}:
+    _REGISTRY[_name] = dataclasses.replace(
+        _REGISTRY[_name], preprocessing=published.preprocessing(_name)
+    )
 
 _ZOO = tuple(_REGISTRY)
 
@@ -238,7 +244,8 @@ def load(
         inside an installed package; None for random weights drawn from `seed`. A network of the
         user's own keeps the weights that its function gave it unless a path is given.
       classes: number of classes if not the usual one.
-      preprocessing: replaces the usual one (another normalisation, another size).
+      preprocessing: replaces the usual one (another normalisation, another size), which is that
+        of the file if torchvision publishes it.
       seed: of random weights.
 
     Raises:
@@ -258,14 +265,32 @@ def load(
     found = entry(name)
     count = found.classes if classes is None else int(classes)
     build = functools.partial(found.build, classes=count)
-    preprocessing = preprocessing or found.preprocessing
     if weights is None:
-        return _net(build(rngs=nnx.Rngs(seed)), preprocessing, name, _usual_names(found, classes))
+        space = preprocessing or found.preprocessing
+        return _net(build(rngs=nnx.Rngs(seed)), space, name, _usual_names(found, classes))
     path = packaged_weights(name) if weights == "package" else weights
+    known = _published(name, path)
+    space = preprocessing or (known or found).preprocessing
     model = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
     nnx.update(model, _read(name, path, nnx.to_pure_dict(nnx.state(model))))
     names = _names_beside(path, count) or _usual_names(found, classes)
-    return _net(model, preprocessing, name, names)
+    net = _net(model, space, name, names)
+    return net if known is None else dataclasses.replace(net, weights=known.member)
+
+
+def _published(name: str, path: str | Path) -> published.Published | None:
+    """Which published weights of the network a file is; None if it is none."""
+    found = published.of(path)
+    if found is None or name not in _ZOO:  # a user's own network may be like one of torchvision's
+        return None
+    what = f"{path} is the published file of {found.network} ({found.member})"
+    if found.network != name:
+        raise weights_convert.WeightsError(f"{what}, not of {name}")
+    if not found.classifies:
+        raise weights_convert.WeightsError(
+            f"{what}, which lacks the weights of the last layers: nothing can be classified with it"
+        )
+    return found
 
 
 def _check_classes(classes: object) -> None:

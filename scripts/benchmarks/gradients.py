@@ -189,7 +189,8 @@ class Problem:
 
 def problem(case: Case, torch_net: nn.Module, net: Net, first: int = 0) -> Problem:
     """Photographs from the `first` on, labels as they come."""
-    space = dataclasses.replace(net.preprocessing, size=case.size)
+    usual = net.preprocessing
+    space = Preprocessing(case.size, usual.mean, usual.std, usual.pixel_range)
     names = [PHOTOGRAPHS[(first + i) % len(PHOTOGRAPHS)] for i in range(case.images)]
     secret = image.stack_square([photograph(name) for name in names], space)
     generator = np.random.default_rng(first)
