@@ -304,7 +304,11 @@ class Inversion(command.Loaded):
         kept = any(member.net.statistics for member in self.members)
         body = inversion.run_page(told, found, svg, kept)
         ending = page.ending(
-            told, hardware.describe(), configs.to_yaml(self.config), placement=summary.placement
+            told,
+            hardware.describe(),
+            configs.to_yaml(self.config),
+            {net.name: net.weights for net in self.nets},
+            placement=summary.placement,
         )
         body.write(folder.path / "report.html", ending)
         return command.finish(folder, summary)

@@ -459,7 +459,11 @@ class GradientInversion(command.Loaded):
         told = vars(summary)
         body = gradients.run_page(told, rows, svg, self.names)
         ending = page.ending(
-            told, hardware.describe(), configs.to_yaml(self.config), devices=summary.device
+            told,
+            hardware.describe(),
+            configs.to_yaml(self.config),
+            {self.net.name: self.net.weights},
+            devices=summary.device,
         )
         body.write(folder.path / "report.html", ending)
         return command.finish(folder, summary)

@@ -16,6 +16,7 @@ import os
 import urllib.parse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -130,16 +131,26 @@ class Page:
 
 
 def ending(
-    summary: Mapping[str, Any], machine: Mapping[str, str], config: str, **more: str
+    summary: Mapping[str, Any],
+    machine: Mapping[str, str],
+    config: str,
+    weights: Mapping[str, str | None] = MappingProxyType({}),
+    **more: str,
 ) -> list[Section]:
-    """Return the sections that close the page of a run: hardware and time, the config.
+    """Return the sections that close the page of a run: weights, hardware and time, the config.
 
     Args:
       summary: of the run, with the keys of every summary.
       machine: what it ran on.
       config: as YAML.
-      **more: further rows of the table.
+      weights: network -> torchvision's name of its weights, None for others.
+      **more: further rows of the table of hardware and time.
     """
+    published = [(name, member) for name, member in weights.items() if member]
+    sections = []
+    if published:
+        table = Table(("network", "torchvision's"), published)
+        sections.append(Section("Published weights", table))
     timing = {
         "seconds": f"{summary['seconds']:.1f}",
         "seconds a step": f"{summary['seconds_per_step']:.4f}",
@@ -147,7 +158,7 @@ def ending(
         **more,
     }
     table = Table(("", "value"), tuple((dict(machine) | timing).items()))
-    return [Section("Hardware and time", table), Section("Config", Text(config))]
+    return [*sections, Section("Hardware and time", table), Section("Config", Text(config))]
 
 
 def cell(values: Sequence[float | None]) -> str:

@@ -273,3 +273,15 @@ def test_a_figure_is_svg_or_png(path):
     np.testing.assert_array_equal(read(embedded(page.all("img")[0])), pixels(0))
     with pytest.raises(ValueError, match="SVG or PNG"):
         write(path, Figure(b"GIF89a", "no"))
+
+
+def test_the_ending_names_published_weights(path):
+    summary = {"seconds": 1.0, "seconds_per_step": 0.1, "compile_seconds": 0.5}
+    some = {"resnet50": "IMAGENET1K_V2", "mine": None}
+    for weights, told in ((some, True), ({"mine": None}, False), ({}, False)):
+        ending = pages.ending(summary, {"device": "cpu"}, "seed: 0", weights)
+        pages.write_html(path, "title", ending)
+        text = Page(path.read_text(encoding="utf-8")).text
+        assert ("Published weights" in text) == told
+        assert ("resnet50" in text and "IMAGENET1K_V2" in text) == told
+        assert "mine" not in text
