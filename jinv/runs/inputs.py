@@ -74,7 +74,8 @@ def _digest(places: Sequence[Path]) -> str:
             told = file.stat()
             name = str(file.relative_to(place)) if place.is_dir() else file.suffix
             content = _content(file, told.st_mtime_ns, told.st_size)
-            total.update(f"{name}\0{content}\0".encode())
+            # A file name need not be UTF-8.
+            total.update(f"{name}\0{content}\0".encode(errors="surrogateescape"))
     return total.hexdigest()
 
 

@@ -64,6 +64,14 @@ def test_digests_are_of_the_files_that_are_named(here: Path) -> None:
         found = after
 
 
+def test_names_in_a_folder_need_not_be_utf8(here: Path) -> None:
+    asked = recipe("~/trained")
+    (here / "trained/\udcff.png").write_text("p")
+    first = inputs.digests(asked)
+    (here / "trained/\udcff.png").rename(here / "trained/\udcfe.png")
+    assert inputs.digests(asked) != first
+
+
 @pytest.mark.parametrize("named", ["ev.1", "ev.1.npz", "ev.1.json"])
 def test_all_files_of_evidence_count_however_it_is_named(here: Path, named: str) -> None:
     asked = Recipe(evidence=named)
