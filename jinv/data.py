@@ -283,7 +283,39 @@ def fashion_mnist(split: Split, folder: str | Path | None = None) -> Dataset:
     return idx(fashion_mnist_folder(folder), split, name="", classes=FASHION_MNIST)
 
 
-def image_files(paths: Sequence[str | Path], size: int | Sequence[int]) -> np.ndarray:
+def picture_files(paths: Sequence[str | Path]) -> list[Path]:
+    """Return the files themselves, and of a folder the pictures in it and in folders below, sorted.
+
+    In folders only files called .jpg, .png and so on count, see `image_folder`; "package:" leads to
+    files inside an installed package, see `image_files`.
+
+    Raises:
+      ValueError: a folder cannot be read, holds no picture, or one that would be left out.
+    """
+    found: list[Path] = []
+    for path in map(_located, paths):
+        inside = _pictures_below(path, ()) if path.is_dir() else [path]
+        if not inside:
+            raise ValueError(f"{path} holds no pictures ({', '.join(_FORMATS)})")
+        found += inside
+    return found
+
+
+def _pictures_below(folder: Path, above: tuple[Path, ...]) -> list[Path]:
+    above = (*above, folder.resolve())
+    entries = _entries(folder)
+    found = _pictures(entries)
+    for path in entries:
+        if path.is_dir():
+            if path.resolve() in above:
+                raise ValueError(f"{path} leads back to a folder that holds it")
+            found += _pictures_below(path, above)
+    return found
+
+
+def image_files(
+    paths: Sequence[str | Path], size: int | Sequence[int] | Preprocessing
+) -> np.ndarray:
     """Picture files as bytes (N, H, W, 3), RGB.
 
     JPEG, PNG, WebP, BMP, GIF, TIFF and PBM, PGM, PPM are read, whatever a file is called; of
@@ -293,7 +325,8 @@ def image_files(paths: Sequence[str | Path], size: int | Sequence[int]) -> np.nd
 
     Args:
       paths: of the files.
-      size: of the images, one side or height and width.
+      size: of the images, one side or height and width; or the preprocessing of a network, for
+        whose size, resizing and interpolation.
 
     Raises:
       ValueError: a file is no picture, is damaged, or has more pixels than Pillow's limit.
@@ -301,7 +334,10 @@ def image_files(paths: Sequence[str | Path], size: int | Sequence[int]) -> np.nd
     paths = [paths] if isinstance(paths, str | Path) else paths
     if not paths:
         raise ValueError("no picture files were given")
-    space = Preprocessing(image.sides(size))
+    if isinstance(size, Preprocessing):
+        space = Preprocessing(size.size, resize=size.resize, interpolation=size.interpolation)
+    else:
+        space = Preprocessing(image.sides(size))
     pictures = np.empty((len(paths), space.height, space.width, 3), np.uint8)
     for slot, path in zip(pictures, paths, strict=True):
         slot[...] = _picture(_located(path), space)

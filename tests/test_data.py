@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import io
 import math
@@ -21,6 +22,7 @@ from PIL import Image
 
 from jinv import data, image
 from jinv.data import Dataset
+from jinv.image import Preprocessing
 
 RNG = np.random.default_rng(0)
 PICTURES = RNG.integers(0, 256, (5, 4, 3), np.uint8)
@@ -622,6 +624,36 @@ def sixteen_bits(folder: Path, values: np.ndarray) -> dict[str, Path]:
     header = f"P5\n{values.shape[1]} {values.shape[0]}\n65535\n".encode()
     paths["pgm"].write_bytes(header + values.astype(">u2").tobytes())
     return paths
+
+
+def test_pictures_are_read_as_a_networks_preprocessing_says(tmp_path: Path) -> None:
+    """Its size, resizing and interpolation; bytes are RGB whatever the network takes."""
+    picture(90, 60).save(tmp_path / "a.png")
+    space = Preprocessing(24, 0.5, 0.5, resize=30, interpolation="bilinear")
+    found = data.image_files([tmp_path / "a.png"], space)
+    colours = dataclasses.replace(space, mean=(0.5,) * 3, std=(0.5,) * 3)
+    expected = image.to_bytes(image.centre_crop(picture(90, 60), colours))
+    np.testing.assert_array_equal(found[0], expected)
+    assert not np.array_equal(found, data.image_files([tmp_path / "a.png"], 24))
+
+
+def test_picture_files_of_folders(tmp_path: Path) -> None:
+    """Sorted, a folder's own before those below; what is hidden or no picture is left alone."""
+    for name in ("b/2.JPG", "b/1.png", "a.png", ".hidden/x.png", "b/deep/er/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(9, 9).save(tmp_path / name, "PNG")
+    (tmp_path / "readme.md").write_text("not a picture")
+    names = ["a.png", "b/1.png", "b/2.JPG", "b/deep/er/3.png"]
+    files = [tmp_path / name for name in names]
+    assert data.picture_files([tmp_path]) == files
+    given = [tmp_path / "gone.png", tmp_path / "b", tmp_path / "a.png"]
+    assert data.picture_files(given) == [given[0], *files[1:], files[0]]
+    assert data.picture_files(["package:skimage/data/chelsea.png"])[0].is_file()
+    (tmp_path / "linked").symlink_to(tmp_path / "b")
+    assert len(data.picture_files([tmp_path])) == 7
+    picture(9, 9).save(tmp_path / "b" / "called.txt", "PNG")
+    with pytest.raises(ValueError, match=r"called.txt is a picture, but is not called one"):
+        data.picture_files([tmp_path])
 
 
 def test_pictures_of_every_kind(tmp_path: Path) -> None:
