@@ -122,6 +122,12 @@ def reconstruct(folder: Path) -> dict[str, Any]:
     }
 
 
+def classify(folder: Path) -> dict[str, Any]:
+    for i in range(3):
+        Image.fromarray(np.full((30, 40, 3), 60 * i, np.uint8)).save(folder / f"{i}.png")
+    return {"pictures": [str(folder)], "model": "lenet", "weights": "random", "batch": 1}
+
+
 SMALL = {"lr": 0.05, "init_std": 1e-3}
 
 
@@ -150,4 +156,5 @@ EXAMPLES = {
     "train-reconstructor": train_reconstructor,
     "attack-heads": attack_heads,
     "reconstruct": reconstruct,
+    "classify": classify,
 }

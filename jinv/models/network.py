@@ -12,7 +12,7 @@ from jinv.checks import Count, File
 from jinv.models import own, registry, trained
 from jinv.net import Net
 
-_WORDS = ("package", "random")
+WORDS = ("package", "random")
 """Weights that are no paths."""
 
 
@@ -31,7 +31,7 @@ class Network:
     """
 
     model: registry.Name
-    weights: Annotated[str, File(_WORDS)] = "package"
+    weights: Annotated[str, File(WORDS)] = "package"
     classes: Count | None = None
     name: str | None = None
 
@@ -58,7 +58,7 @@ class Network:
 
     def _read(self) -> Net:
         try:
-            if self.weights not in _WORDS and files.path(self.weights).is_dir():
+            if self.weights not in WORDS and files.path(self.weights).is_dir():
                 net = trained.load_trained(self.weights)
                 if net.name != self.model:
                     raise ValueError(f"{self.weights} holds a {net.name}, not a {self.model}")

@@ -16,6 +16,7 @@ RECIPES = (
     "train-reconstructor",
     "attack-heads",
     "reconstruct",
+    "classify",
 )
 """Names of the commands that run recipes; each is the `COMMAND` of a file here."""
 

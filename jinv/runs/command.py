@@ -113,6 +113,8 @@ class Command(Generic[C]):
         computed, but perhaps on what is said of it.
       less: flags to try where memory does not suffice.
       standalone: its keys may all come from the command line, without a config.
+      without_folder: does a run that writes nothing and returns what it says, where there is no
+        --out; None if the command needs a folder.
       flags: adds flags of its own to the parser.
       load_with_flags: (config, flags) -> `Loaded`, or None if the flags left nothing to run; for
         commands with flags of their own.
@@ -131,6 +133,7 @@ class Command(Generic[C]):
     free: tuple[str, ...] = FREE
     less: str = "a smaller batch"
     standalone: bool = False
+    without_folder: Callable[[Any], str] | None = None
     flags: Callable[[argparse.ArgumentParser], None] = lambda parser: None
     load_with_flags: Callable[[C, argparse.Namespace], Loaded | None] | None = None
 

@@ -118,7 +118,10 @@ def _flags(
         parser.print_help()
         sys.exit(0 if wants_help else 2)
     if flags.out is None and not wants_help:
-        parser.error("--out FOLDER is missing")
+        if command.without_folder is None:
+            parser.error("--out FOLDER is missing")
+        if flags.resume or flags.overwrite:
+            parser.error("--resume and --overwrite are about a folder: --out FOLDER is missing")
     return flags, rest
 
 
@@ -159,6 +162,10 @@ def _run(
         loaded = [one]
     else:
         loaded = study.load(command, chosen)
+    if flags.out is None:
+        assert command.without_folder is not None
+        parallel.say(command.without_folder(loaded[0]))
+        return
     how = {"resume": flags.resume, "overwrite": flags.overwrite, "shared": flags.shared}
     folder = command.folder(flags.out, config, variants, **how)
     single: Loaded | None = None if chosen[0].folder else loaded[0]
