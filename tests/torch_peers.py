@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -234,9 +235,30 @@ def build(name: str) -> nn.Module:
             return CifarResNet((3, 4, 6, 3), (64, 128, 256, 512), "B")
         if name == "resnet20_cifar":
             return CifarResNet((3, 3, 3), (16, 32, 64), "A")
-        import torchvision
+        return _torchvision(name)
 
-        return torchvision.models.get_model(name, weights=None)
+
+# Those with auxiliary heads also warn of how they will draw weights some day.
+_AUXILIARY = {"aux_logits": True, "init_weights": False}
+ARGUMENTS = {"googlenet": _AUXILIARY, "inception_v3": _AUXILIARY}
+
+
+def _torchvision(name: str, **arguments: Any) -> nn.Module:
+    import torchvision
+
+    if not name.startswith("regnet"):
+        chosen = {**ARGUMENTS.get(name, {}), **arguments}
+        return torchvision.models.get_model(name, weights=None, **chosen)
+    # It computes its widths with tensors.
+    blocks = torchvision.models.regnet.BlockParams
+    compute = blocks.from_init_params
+
+    def on_cpu(*args: Any, **kwargs: Any) -> Any:
+        with torch.device("cpu"):
+            return compute(*args, **kwargs)
+
+    with mock.patch.object(blocks, "from_init_params", on_cpu):
+        return torchvision.models.get_model(name, weights=None, **arguments)
 
 
 @torch.no_grad()
@@ -248,7 +270,14 @@ def random_network(name: str, images: np.ndarray, seed: int = 0) -> nn.Module:
     are those of He's initialisation.
     """
     generator = torch.Generator().manual_seed(seed)
-    model = build(name).to_empty(device="cpu").eval()
+    return randomise(name, build(name).to_empty(device="cpu").eval(), images, generator)
+
+
+@torch.no_grad()
+def randomise(
+    name: str, model: nn.Module, images: np.ndarray, generator: torch.Generator
+) -> nn.Module:
+    """Fill an empty network, see `random_network`."""
     gain = 0.1 if any(isinstance(m, nn.BatchNorm2d) for m in model.modules()) else 1
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -258,13 +287,31 @@ def random_network(name: str, images: np.ndarray, seed: int = 0) -> nn.Module:
                 module.bias.normal_(0, 0.1, generator=generator)
         elif isinstance(module, nn.Linear):
             module.weight.normal_(0, math.sqrt(2 / module.in_features), generator=generator)
-            module.bias.normal_(generator=generator)
+            if module.bias is not None:
+                module.bias.normal_(generator=generator)
+        elif isinstance(module, nn.LayerNorm):
+            module.weight.uniform_(0.5, 1.5, generator=generator)
+            module.bias.normal_(0, 0.3, generator=generator)
         elif isinstance(module, nn.BatchNorm2d):
             module.weight.uniform_(0.05, 0.35, generator=generator)
-            if name in (*LITE, "mobilenet_v2"):
-                module.weight[::8] *= 8  # so that ReLU6 reaches 6
+            if name in LITE or name.startswith("mobilenet"):
+                module.weight[::8] *= 8  # so that ReLU6 reaches 6, and hard swish both ends
             module.bias.normal_(0, 0.3, generator=generator)
+            # An auxiliary head's layers see nothing.
+            module.running_mean.normal_(0, 0.3, generator=generator)
+            module.running_var.uniform_(0.5, 1.5, generator=generator)
             module.num_batches_tracked.random_(1, 2**31 - 1, generator=generator)
+
+    for key, value in model.state_dict(keep_vars=True).items():
+        if key.endswith("layer_scale"):
+            value.normal_(0, 0.3, generator=generator)
+        elif key.endswith("relative_position_bias_table"):
+            value.normal_(generator=generator)
+        elif key.endswith("relative_position_index"):
+            from torchvision.models.maxvit import _get_relative_position_index
+
+            side = math.isqrt(len(value))
+            value.copy_(_get_relative_position_index(side, side))
 
     def calibrate(module: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
         mean, var = _moments(inputs[0])
@@ -298,15 +345,38 @@ def forward(model: nn.Module, images: np.ndarray) -> Reference:
     return Reference(logits.numpy(), moments, statistics)
 
 
+def gradient(model: nn.Module, images: np.ndarray, labels: list[int]) -> np.ndarray:
+    """Gradient of DeepInversion's loss at images (B, H, W, 3).
+
+    Cross-entropy plus 0.1 times sum_l |mean_l - running_mean_l| + |var_l - running_var_l|.
+    """
+    x = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).requires_grad_()
+    distances: list[Tensor] = []
+
+    def look(module: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
+        mean, var = _moments(inputs[0])
+        distances.append((mean - module.running_mean).norm() + (var - module.running_var).norm())
+
+    model.eval().requires_grad_(False)
+    logits = _with_hooks(model, x, look)
+    loss = functional.cross_entropy(logits, torch.tensor(labels)) + 0.1 * sum(distances)
+    loss.backward()
+    assert x.grad is not None
+    return x.grad.numpy().transpose(0, 2, 3, 1)
+
+
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
 
 
-def _with_hooks(model: nn.Module, images: np.ndarray, hook: Hook) -> Tensor:
+def _with_hooks(model: nn.Module, images: np.ndarray | Tensor, hook: Hook) -> Tensor:
+    """What the model says of images (B, H, W, C), or of a tensor (B, C, H, W)."""
+    if not isinstance(images, Tensor):
+        images = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     handles = [norm.register_forward_pre_hook(hook) for norm in norms]
     try:
-        return model(torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))))
+        return model(images)
     finally:
         for handle in handles:
             handle.remove()

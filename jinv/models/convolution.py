@@ -15,7 +15,7 @@ from jax import Array, lax
 
 from jinv import backend
 
-Padding = int | Literal["SAME"]
+Padding = int | tuple[int, int] | Literal["SAME"]
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
 
@@ -26,9 +26,9 @@ def convolve(
 
     Args:
       x: (B, H, W, I).
-      weight: (k, k, I / groups, O).
+      weight: (height, width, I / groups, O).
       stride: of the window, along both axes.
-      padding: pixels a side, or TensorFlow's "SAME".
+      padding: pixels a side, of all sides or of rows and columns; or TensorFlow's "SAME".
       groups: channels are split into so many, each with filters of its own.
     """
     pads = _pads(x.shape[1:3], weight.shape[:2], stride, padding)
@@ -241,4 +241,10 @@ def _pads(size: tuple[int, ...], kernel: tuple[int, ...], stride: int, padding: 
     if padding == "SAME":
         rows, columns = lax.padtype_to_pads(size, kernel, (stride, stride), "SAME")
         return rows, columns
-    return (padding, padding), (padding, padding)
+    above, left = pair(padding)
+    return (above, above), (left, left)
+
+
+def pair(sides: int | tuple[int, int]) -> tuple[int, int]:
+    """Return height and width, given these or one number for both."""
+    return (sides, sides) if isinstance(sides, int) else sides

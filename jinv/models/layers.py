@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jinv.models.convolution import Padding, convolve
+from jinv.models.convolution import Padding, convolve, pair
 from jinv.net import batch_moments
 
 
 class Conv2d(nnx.Module):
     """`torch.nn.Conv2d`; `padding` in pixels a side, or TensorFlow's "SAME".
 
-    weight: (kernel, kernel, inputs / groups, outputs); computed in the dtype of the images.
+    Kernel and padding are one number, or those of height and width. weight: (height, width,
+    inputs / groups, outputs); computed in the dtype of the images.
     """
 
     def __init__(
         self,
         inputs: int,
         outputs: int,
-        kernel: int,
+        kernel: int | tuple[int, int],
         *,
         stride: int = 1,
         padding: Padding = 0,
@@ -32,9 +36,10 @@ class Conv2d(nnx.Module):
         bias: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
-        shape = (kernel, kernel, inputs // groups, outputs)
-        # He et al. 2015, fan-out mode, as torchvision initialises its CNNs.
-        std = math.sqrt(2 / (kernel * kernel * outputs / groups))
+        height, width = pair(kernel)
+        shape = (height, width, inputs // groups, outputs)
+        # He et al. 2015, fan-out mode, as torchvision initialises most of its CNNs.
+        std = math.sqrt(2 / (height * width * outputs / groups))
         self.weight = nnx.Param(std * jax.random.normal(rngs.params(), shape))
         self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
         self.stride = stride
@@ -57,10 +62,10 @@ class BatchNorm2d(nnx.Module):
     """`torch.nn.BatchNorm2d`: normalises with the running statistics, or with the batch's own.
 
     Running statistics are never updated here: gradients and clients' updates are computed by
-    functions of variables.
+    functions of variables. `momentum` is the weight that training gives a batch in them.
     """
 
-    def __init__(self, features: int, *, eps: float = 1e-5) -> None:
+    def __init__(self, features: int, *, eps: float = 1e-5, momentum: float = 0.1) -> None:
         self.use_running_average = True
         self.weight = nnx.Param(jnp.ones(features))
         self.bias = nnx.Param(jnp.zeros(features))
@@ -68,6 +73,7 @@ class BatchNorm2d(nnx.Module):
         self.running_var = nnx.BatchStat(jnp.ones(features))
         self.num_batches_tracked = nnx.BatchStat(jnp.zeros((), jnp.int32))
         self.eps = eps
+        self.momentum = momentum
 
     def __call__(self, x: Array) -> Array:
         """(..., features) -> (..., features)."""
@@ -80,13 +86,29 @@ class BatchNorm2d(nnx.Module):
         return (wide * scale + shift).astype(x.dtype)
 
 
+class LayerNorm(nnx.Module):
+    """`torch.nn.LayerNorm` over the channels, computed in float32."""
+
+    def __init__(self, features: int, *, eps: float = 1e-5) -> None:
+        self.weight = nnx.Param(jnp.ones(features))
+        self.bias = nnx.Param(jnp.zeros(features))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        """(..., features) -> (..., features)."""
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        centred = wide - wide.mean(-1, keepdims=True)
+        scale = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.eps)
+        return (centred * scale * self.weight[...] + self.bias[...]).astype(x.dtype)
+
+
 class Linear(nnx.Linear):
     """`torch.nn.Linear`; weight: (inputs, outputs)."""
 
     weight: nnx.Param
-    bias: nnx.Param
+    bias: nnx.Param | None
 
-    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, inputs: int, outputs: int, *, bias: bool = True, rngs: nnx.Rngs) -> None:
         nnx.Module.__init__(self)
         bound = 1 / math.sqrt(inputs)
 
@@ -94,15 +116,128 @@ class Linear(nnx.Linear):
             return jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
 
         self.weight = nnx.Param(uniform((inputs, outputs)))
-        self.bias = nnx.Param(uniform((outputs,)))
+        self.bias = nnx.Param(uniform((outputs,))) if bias else None
 
     def __call__(self, x: Array) -> Array:  # type: ignore[override]
-        """(B, inputs) -> (B, outputs)."""
-        return x @ self.weight[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+        """(..., inputs) -> (..., outputs)."""
+        y = x @ self.weight[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
-class Blank(nnx.Module):
-    """Holds the place of a layer without parameters, so that numbering is torch's."""
+Layer = Callable[[Array], Array]
+"""A module, or a function, which has no parameters."""
+
+
+class Sequential(nnx.List[Any]):
+    """`torch.nn.Sequential`: every layer is called with what the one before it returned.
+
+    Layers are numbered as in torch, functions too.
+    """
+
+    def __init__(self, *layers: Layer) -> None:
+        super().__init__(layers)
+
+    def __call__(self, x: Array) -> Array:
+        """Return what the last layer returns."""
+        for layer in self:
+            x = layer(x)
+        return x
+
+
+class Named(nnx.Module):
+    """`torch.nn.Sequential` of layers that have names instead of numbers."""
+
+    def __init__(self, **layers: Layer) -> None:
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+        self._order = tuple(layers)
+
+    def __call__(self, x: Array) -> Array:
+        """Return what the last layer returns."""
+        for name in self._order:
+            x = getattr(self, name)(x)
+        return x
+
+
+def conv_norm(
+    inputs: int,
+    outputs: int,
+    kernel: int = 3,
+    *,
+    stride: int = 1,
+    groups: int = 1,
+    norm: Callable[[int], nnx.Module] = BatchNorm2d,
+    activation: Layer | None = None,
+    rngs: nnx.Rngs,
+) -> Sequential:
+    """Return a convolution that keeps the size (but for its stride), BatchNorm and an activation.
+
+    torchvision's `Conv2dNormActivation`.
+
+    Args:
+      inputs, outputs, kernel, stride, groups: of the convolution, which has no bias.
+      norm: makes the normalisation of so many channels.
+      activation: none by default.
+      rngs: of the weights.
+    """
+    conv = Conv2d(
+        inputs, outputs, kernel, stride=stride, padding=kernel // 2, groups=groups, rngs=rngs
+    )
+    return Sequential(conv, norm(outputs), *([activation] if activation else []))
+
+
+class SqueezeExcitation(nnx.Module):
+    """Weigh channels by what a bottleneck makes of their means (arXiv 1709.01507)."""
+
+    def __init__(
+        self,
+        channels: int,
+        squeezed: int,
+        *,
+        activation: Layer = jax.nn.relu,
+        gate: Layer = jax.nn.sigmoid,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.fc1 = Conv2d(channels, squeezed, 1, bias=True, rngs=rngs)
+        self.fc2 = Conv2d(squeezed, channels, 1, bias=True, rngs=rngs)
+        self.activation = activation
+        self.gate = gate
+
+    def __call__(self, x: Array) -> Array:
+        """(B, H, W, channels) -> the same shape."""
+        means = x.mean((1, 2), keepdims=True)
+        return x * self.gate(self.fc2(self.activation(self.fc1(means))))
+
+
+def dropout(rate: float) -> nnx.Dropout:
+    """Return `torch.nn.Dropout`, which is on only in training with a key, see `Net.train_apply`."""
+    return nnx.Dropout(rate, deterministic=True)
+
+
+def stochastic_depth(rate: float, rank: int = 4) -> nnx.Dropout:
+    """Return torchvision's `StochasticDepth`: an image loses all of the branch, or nothing.
+
+    Arrays of the branch have so many axes, images first (arXiv 1603.09382).
+    """
+    return nnx.Dropout(rate, broadcast_dims=tuple(range(1, rank)), deterministic=True)
+
+
+def redraw(
+    model: nnx.Module,
+    rngs: nnx.Rngs,
+    conv: jax.nn.initializers.Initializer | None = None,
+    linear: jax.nn.initializers.Initializer | None = None,
+) -> None:
+    """Draw the weights of all convolutions, or linear layers, anew; their biases become 0.
+
+    For networks that torchvision initialises in a way of their own.
+    """
+    for _, layer in nnx.iter_modules(model):
+        draw = conv if isinstance(layer, Conv2d) else linear
+        if isinstance(layer, Conv2d | Linear) and draw is not None:
+            layer.weight = nnx.Param(draw(rngs.params(), layer.weight.shape, jnp.float32))
+            if layer.bias is not None:
+                layer.bias = nnx.Param(jnp.zeros(layer.bias.shape))
 
 
 @jax.custom_jvp
@@ -117,7 +252,37 @@ def _relu6_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Ar
     return relu6(x), jnp.where((x > 0) & (x < 6), dx, jnp.zeros_like(dx))
 
 
-def max_pool(x: Array, window: int, stride: int, padding: int = 0) -> Array:
+def hard_sigmoid(x: Array) -> Array:
+    """min(max(x + 3, 0), 6) / 6."""
+    return relu6(x + 3) / 6
+
+
+def hard_swish(x: Array) -> Array:
+    """x times its `hard_sigmoid`."""
+    return x * hard_sigmoid(x)
+
+
+def gelu(x: Array) -> Array:
+    """x times the normal distribution's share below x."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def identity(x: Array) -> Array:
+    """Hold the place of a layer that does nothing here, such as a change of axes."""
+    return x
+
+
+def flatten(x: Array) -> Array:
+    """(B, H, W, C) -> (B, C H W): channel by channel, as torch's linear layers count."""
+    return jnp.transpose(x, (0, 3, 1, 2)).reshape(x.shape[0], -1)
+
+
+def mean(x: Array) -> Array:
+    """(B, H, W, C) -> (B, C)."""
+    return x.mean((1, 2))
+
+
+def max_pool(x: Array, window: int, stride: int, padding: int = 0, ceil: bool = False) -> Array:
     """Return the maximum over windows; the gradient goes to a window's first, as in torch.
 
     Along the width, then along the height: 2 k instead of k * k shifted slices, of half the size
@@ -128,11 +293,38 @@ def max_pool(x: Array, window: int, stride: int, padding: int = 0) -> Array:
       window: k, side of the windows.
       stride: between two windows.
       padding: pixels a side, which count as minus infinity.
+      ceil: windows may reach over the end, if they begin before it (torch's `ceil_mode`).
+    """
+    pads = [(padding, padding + _missing(n, window, stride, padding) * ceil) for n in x.shape[1:3]]
+    if any(map(any, pads)):
+        x = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=-jnp.inf)
+    return _running_maximum(_running_maximum(x, window, stride, 2), window, stride, 1)
+
+
+def _missing(length: int, window: int, stride: int, padding: int) -> int:
+    """Pixels that a last window lacks which begins before the end."""
+    rest = (length + 2 * padding - window) % stride
+    begins = length + 2 * padding - window - rest + stride
+    return stride - rest if rest and begins < length + padding else 0
+
+
+def average_pool(x: Array, window: int, stride: int, padding: int = 0) -> Array:
+    """`torch.nn.AvgPool2d`: the mean over windows; padding counts as zeros.
+
+    Args:
+      x: (B, H, W, C).
+      window: k, side of the windows.
+      stride: between two windows.
+      padding: pixels a side.
     """
     if padding:
-        pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
-        x = jnp.pad(x, pads, constant_values=-jnp.inf)
-    return _running_maximum(_running_maximum(x, window, stride, 2), window, stride, 1)
+        x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    for axis in (2, 1):
+        count = (x.shape[axis] - window) // stride + 1
+        last = (count - 1) * stride + 1
+        parts = [jax.lax.slice_in_dim(x, i, i + last, stride, axis) for i in range(window)]
+        x = functools.reduce(operator.add, parts)
+    return x / window**2
 
 
 def _running_maximum(x: Array, window: int, stride: int, axis: int) -> Array:
@@ -159,15 +351,7 @@ def _pooling_matrix(length: int, size: int, dtype: jnp.dtype) -> Array:
     return (inside / inside.sum(1, keepdims=True)).astype(dtype)
 
 
-def round_channels(channels: float) -> int:
-    """The nearest multiple of 8, or the next if that were over 10 % less; at least 8."""
-    rounded = max(8, int(channels + 4) // 8 * 8)
-    return rounded + 8 if rounded < 0.9 * channels else rounded
-
-
-def serial(layers: Sequence[nnx.Module], x: Array) -> Array:
-    """Call layers one after the other, skipping blanks."""
-    for layer in layers:
-        if not isinstance(layer, Blank):
-            x = layer(x)
-    return x
+def round_channels(channels: float, divisor: int = 8) -> int:
+    """Return the nearest multiple of the divisor, or the next if that were over 10 % less."""
+    rounded = max(divisor, int(channels + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * channels else rounded

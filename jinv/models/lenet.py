@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jinv.models.layers import Blank, Conv2d, Linear
+from jinv.models.layers import Conv2d, Linear, Sequential, flatten
 
 
 class LeNet(nnx.Module):
@@ -23,8 +22,8 @@ class LeNet(nnx.Module):
             return Conv2d(inputs, 12, 5, stride=stride, padding=2, bias=True, rngs=rngs)
 
         convs = (conv(channels, 2), conv(12, 2), conv(12, 1))
-        self.body = nnx.List([m for layer in convs for m in (layer, Blank())])
-        self.fc = nnx.List([Linear(12 * ((size + 3) // 4) ** 2, classes, rngs=rngs)])
+        self.body = Sequential(*(m for layer in convs for m in (layer, jax.nn.sigmoid)))
+        self.fc = Sequential(Linear(12 * ((size + 3) // 4) ** 2, classes, rngs=rngs))
         drawn = nnx.state(self, nnx.Param)
         nnx.update(
             self,
@@ -35,8 +34,4 @@ class LeNet(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """(B, H, W, channels) -> logits (B, classes)."""
-        for layer in self.body:
-            if not isinstance(layer, Blank):
-                x = jax.nn.sigmoid(layer(x))
-        # The linear layer counts its inputs channel by channel, as torch flattens.
-        return self.fc[0](jnp.transpose(x, (0, 3, 1, 2)).reshape(x.shape[0], -1))
+        return self.fc(flatten(self.body(x)))

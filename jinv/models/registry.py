@@ -21,14 +21,25 @@ from jinv import checks, data, files
 from jinv.checks import Code, Word
 from jinv.image import Preprocessing, check_space
 from jinv.models import (
+    alexnet,
+    convnext,
+    densenet,
     efficientnet,
     efficientnet_lite,
+    googlenet,
+    inception_v3,
     lenet,
-    mobilenet,
+    maxvit,
+    mnasnet,
+    mobilenet_v2,
+    mobilenet_v3,
     own,
     published,
+    regnet,
     resnet,
     resnet_cifar,
+    shufflenet_v2,
+    squeezenet,
     vgg,
     vgg_small,
 )
@@ -78,14 +89,30 @@ def _lite(size: int, width: float, depth: float, variant: int, sha256: str) -> E
     )
 
 
-def _efficientnet(size: int, width: float, depth: float, **kwargs: Any) -> Entry:
-    build = functools.partial(efficientnet.EfficientNet, width=width, depth=depth, **kwargs)
-    return Entry(build, dataclasses.replace(IMAGENET, size=size), 1000, trained_on="imagenet")
+def _imagenet(module: Callable[..., nnx.Module], *args: Any, **kwargs: Any) -> Entry:
+    """An entry of a network of torchvision's, made by `module(*args, **kwargs)`."""
+    build = functools.partial(module, *args, **kwargs)
+    return Entry(build, IMAGENET, 1000, trained_on="imagenet")
+
+
+def _densenet(*depths: int, **kwargs: Any) -> Entry:
+    return _imagenet(densenet.DenseNet, depths, **kwargs)
+
+
+def _efficientnet(width: float, depth: float, drop: float, **kwargs: Any) -> Entry:
+    return _imagenet(efficientnet.EfficientNet, width=width, depth=depth, drop=drop, **kwargs)
+
+
+def _efficientnet_v2(stages: tuple[efficientnet.Stage, ...], **kwargs: Any) -> Entry:
+    return _imagenet(efficientnet.EfficientNet, stages, last=1280, eps=1e-3, **kwargs)
+
+
+def _regnet_y(*args: Any) -> Entry:
+    return _imagenet(regnet.RegNet, *args, squeezes=True)
 
 
 def _resnet(block: type, depths: tuple[int, ...], **kwargs: Any) -> Entry:
-    build = functools.partial(resnet.ResNet, block, depths, **kwargs)
-    return Entry(build, IMAGENET, 1000, trained_on="imagenet")
+    return _imagenet(resnet.ResNet, block, depths, **kwargs)
 
 
 def _cifar(depths: tuple[int, ...], **kwargs: Any) -> Entry:
@@ -93,8 +120,7 @@ def _cifar(depths: tuple[int, ...], **kwargs: Any) -> Entry:
 
 
 def _vgg(*depths: int, batch_norm: bool = False) -> Entry:
-    build = functools.partial(vgg.VGG, depths, batch_norm=batch_norm)
-    return Entry(build, IMAGENET, 1000, trained_on="imagenet")
+    return _imagenet(vgg.VGG, depths, batch_norm=batch_norm)
 
 
 _REGISTRY: dict[str, Entry] = {
@@ -117,7 +143,7 @@ _REGISTRY: dict[str, Entry] = {
     "vgg16_bn": _vgg(2, 2, 3, 3, 3, batch_norm=True),
     "vgg19_bn": _vgg(2, 2, 4, 4, 4, batch_norm=True),
     "mobilenet_v2": Entry(
-        mobilenet.MobileNetV2,
+        mobilenet_v2.MobileNetV2,
         IMAGENET,
         1000,
         Package(
@@ -128,7 +154,56 @@ _REGISTRY: dict[str, Entry] = {
         ),
         "imagenet",
     ),
-    "efficientnet_b0": _efficientnet(224, 1.0, 1.0),
+    "mobilenet_v3_small": _imagenet(mobilenet_v3.MobileNetV3, mobilenet_v3.SMALL, 1024),
+    "mobilenet_v3_large": _imagenet(mobilenet_v3.MobileNetV3, mobilenet_v3.LARGE, 1280),
+    "mnasnet0_5": _imagenet(mnasnet.MNASNet, 0.5),
+    "mnasnet0_75": _imagenet(mnasnet.MNASNet, 0.75),
+    "mnasnet1_0": _imagenet(mnasnet.MNASNet, 1.0),
+    "mnasnet1_3": _imagenet(mnasnet.MNASNet, 1.3),
+    "shufflenet_v2_x0_5": _imagenet(shufflenet_v2.ShuffleNetV2, (48, 96, 192)),
+    "shufflenet_v2_x1_0": _imagenet(shufflenet_v2.ShuffleNetV2, (116, 232, 464)),
+    "shufflenet_v2_x1_5": _imagenet(shufflenet_v2.ShuffleNetV2, (176, 352, 704)),
+    "shufflenet_v2_x2_0": _imagenet(shufflenet_v2.ShuffleNetV2, (244, 488, 976), 2048),
+    "efficientnet_b0": _efficientnet(1.0, 1.0, 0.2),
+    "efficientnet_b1": _efficientnet(1.0, 1.1, 0.2),
+    "efficientnet_b2": _efficientnet(1.1, 1.2, 0.3),
+    "efficientnet_b3": _efficientnet(1.2, 1.4, 0.3),
+    "efficientnet_b4": _efficientnet(1.4, 1.8, 0.4),
+    "efficientnet_b5": _efficientnet(1.6, 2.2, 0.4, eps=1e-3, momentum=0.01),
+    "efficientnet_b6": _efficientnet(1.8, 2.6, 0.5, eps=1e-3, momentum=0.01),
+    "efficientnet_b7": _efficientnet(2.0, 3.1, 0.5, eps=1e-3, momentum=0.01),
+    "efficientnet_v2_s": _efficientnet_v2(efficientnet.V2_S, stem=24, drop=0.2),
+    "efficientnet_v2_m": _efficientnet_v2(efficientnet.V2_M, stem=24, drop=0.3),
+    "efficientnet_v2_l": _efficientnet_v2(efficientnet.V2_L, stem=32, drop=0.4),
+    "densenet121": _densenet(6, 12, 24, 16),
+    "densenet161": _densenet(6, 12, 36, 24, growth=48, stem=96),
+    "densenet169": _densenet(6, 12, 32, 32),
+    "densenet201": _densenet(6, 12, 48, 32),
+    "googlenet": _imagenet(googlenet.GoogLeNet),
+    "inception_v3": _imagenet(inception_v3.InceptionV3),
+    "regnet_x_400mf": _imagenet(regnet.RegNet, 22, 24, 24.48, 2.54, 16),
+    "regnet_x_800mf": _imagenet(regnet.RegNet, 16, 56, 35.73, 2.28, 16),
+    "regnet_x_1_6gf": _imagenet(regnet.RegNet, 18, 80, 34.01, 2.25, 24),
+    "regnet_x_3_2gf": _imagenet(regnet.RegNet, 25, 88, 26.31, 2.25, 48),
+    "regnet_x_8gf": _imagenet(regnet.RegNet, 23, 80, 49.56, 2.88, 120),
+    "regnet_x_16gf": _imagenet(regnet.RegNet, 22, 216, 55.59, 2.1, 128),
+    "regnet_x_32gf": _imagenet(regnet.RegNet, 23, 320, 69.86, 2.0, 168),
+    "regnet_y_400mf": _regnet_y(16, 48, 27.89, 2.09, 8),
+    "regnet_y_800mf": _regnet_y(14, 56, 38.84, 2.4, 16),
+    "regnet_y_1_6gf": _regnet_y(27, 48, 20.71, 2.65, 24),
+    "regnet_y_3_2gf": _regnet_y(21, 80, 42.63, 2.66, 24),
+    "regnet_y_8gf": _regnet_y(17, 192, 76.82, 2.19, 56),
+    "regnet_y_16gf": _regnet_y(18, 200, 106.23, 2.48, 112),
+    "regnet_y_32gf": _regnet_y(20, 232, 115.89, 2.53, 232),
+    "regnet_y_128gf": _regnet_y(27, 456, 160.83, 2.52, 264),
+    "maxvit_t": _imagenet(maxvit.MaxViT, (2, 2, 5, 2), (64, 128, 256, 512)),
+    "convnext_tiny": _imagenet(convnext.ConvNeXt, (3, 3, 9, 3), (96, 192, 384, 768), drop=0.1),
+    "convnext_small": _imagenet(convnext.ConvNeXt, (3, 3, 27, 3), (96, 192, 384, 768), drop=0.4),
+    "convnext_base": _imagenet(convnext.ConvNeXt, (3, 3, 27, 3), (128, 256, 512, 1024), drop=0.5),
+    "convnext_large": _imagenet(convnext.ConvNeXt, (3, 3, 27, 3), (192, 384, 768, 1536), drop=0.5),
+    "alexnet": _imagenet(alexnet.AlexNet),
+    "squeezenet1_0": _imagenet(squeezenet.SqueezeNet, squeezenet.V1_0, stem=96, kernel=7),
+    "squeezenet1_1": _imagenet(squeezenet.SqueezeNet, squeezenet.V1_1, stem=64, kernel=3),
     "efficientnet_lite0": _lite(224, 1.0, 1.0, 0, "57934424"),
     "efficientnet_lite1": _lite(240, 1.0, 1.1, 1, "77cc7160"),
     "efficientnet_lite2": _lite(260, 1.1, 1.2, 2, "9656183e"),
@@ -152,6 +227,11 @@ _ZOO = tuple(_REGISTRY)
 def names() -> tuple[str, ...]:
     """Names that `load` knows."""
     return tuple(_REGISTRY)
+
+
+def zoo() -> tuple[str, ...]:
+    """Names of the networks that come with jinv."""
+    return _ZOO
 
 
 def register(
@@ -421,10 +501,7 @@ def _in_order(name: str) -> tuple[str, ...]:
             if isinstance(value, nnx.Variable):
                 names.append(f"{path}{key}")
         for key, value in parts.items():
-            if isinstance(value, nnx.List):
-                for i, item in enumerate(value):
-                    walk(item, f"{path}{key}.{i}.")
-            elif isinstance(value, nnx.Module):
+            if isinstance(value, nnx.Module):
                 walk(value, f"{path}{key}.")
 
     def build() -> None:

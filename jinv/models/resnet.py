@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 from jax import Array
 
-from jinv.models.layers import BatchNorm2d, Conv2d, Linear, max_pool, serial
+from jinv.models.layers import BatchNorm2d, Conv2d, Linear, Sequential, conv_norm, max_pool, mean
 
 
 class BasicBlock(nnx.Module):
@@ -38,7 +38,7 @@ class BasicBlock(nnx.Module):
         """(B, H, W, inputs) -> (B, H / stride, W / stride, width)."""
         y = jax.nn.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
-        return jax.nn.relu(y + serial(self.downsample, x))
+        return jax.nn.relu(y + self.downsample(x))
 
 
 class Bottleneck(nnx.Module):
@@ -70,13 +70,13 @@ class Bottleneck(nnx.Module):
         y = jax.nn.relu(self.bn1(self.conv1(x)))
         y = jax.nn.relu(self.bn2(self.conv2(y)))
         y = self.bn3(self.conv3(y))
-        return jax.nn.relu(y + serial(self.downsample, x))
+        return jax.nn.relu(y + self.downsample(x))
 
 
-def _downsample(inputs: int, outputs: int, stride: int, rngs: nnx.Rngs) -> nnx.List:
+def _downsample(inputs: int, outputs: int, stride: int, rngs: nnx.Rngs) -> Sequential:
     if stride == 1 and inputs == outputs:
-        return nnx.List([])
-    return nnx.List([Conv2d(inputs, outputs, 1, stride=stride, rngs=rngs), BatchNorm2d(outputs)])
+        return Sequential()
+    return conv_norm(inputs, outputs, 1, stride=stride, rngs=rngs)
 
 
 class ResNet(nnx.Module):
@@ -96,7 +96,7 @@ class ResNet(nnx.Module):
         self.bn1 = BatchNorm2d(64)
         inputs = 64
 
-        def stage(width: int, depth: int, stride: int) -> nnx.List:
+        def stage(width: int, depth: int, stride: int) -> Sequential:
             nonlocal inputs
             blocks = []
             for i in range(depth):
@@ -111,7 +111,7 @@ class ResNet(nnx.Module):
                     )
                 )
                 inputs = width * block.expansion
-            return nnx.List(blocks)
+            return Sequential(*blocks)
 
         self.layer1 = stage(64, depths[0], 1)
         self.layer2 = stage(128, depths[1], 2)
@@ -124,5 +124,5 @@ class ResNet(nnx.Module):
         x = jax.nn.relu(self.bn1(self.conv1(x)))
         x = max_pool(x, 3, 2, padding=1)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = serial(stage, x)
-        return self.fc(x.mean((1, 2)))
+            x = stage(x)
+        return self.fc(mean(x))

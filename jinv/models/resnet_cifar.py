@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jinv.models.layers import BatchNorm2d, Conv2d, Linear, serial
+from jinv.models.layers import BatchNorm2d, Conv2d, Linear, Sequential
 
 
 class Block(nnx.Module):
@@ -30,7 +30,7 @@ class Block(nnx.Module):
         layers: list[nnx.Module] = []
         if projection and (stride > 1 or inputs != width):
             layers = [Conv2d(inputs, width, 1, stride=stride, rngs=rngs), BatchNorm2d(width)]
-        self.shortcut = nnx.List(layers)
+        self.shortcut = Sequential(*layers)
         self.stride = stride
         self.new_channels = 0 if projection else width - inputs
 
@@ -38,7 +38,7 @@ class Block(nnx.Module):
         """(B, H, W, inputs) -> (B, H / stride, W / stride, width)."""
         y = jax.nn.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
-        shortcut = serial(self.shortcut, x)
+        shortcut = self.shortcut(x)
         if self.new_channels:
             half = self.new_channels // 2
             shortcut = shortcut[:, :: self.stride, :: self.stride]
@@ -68,12 +68,12 @@ class ResNet(nnx.Module):
                 stride = 2 if stage > 0 and i == 0 else 1
                 blocks.append(Block(inputs, width, stride=stride, projection=projection, rngs=rngs))
                 inputs = width
-            setattr(self, f"layer{stage + 1}", nnx.List(blocks))
+            setattr(self, f"layer{stage + 1}", Sequential(*blocks))
         self.linear = Linear(inputs, classes, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         """(B, H, W, 3) -> logits (B, classes)."""
         x = jax.nn.relu(self.bn1(self.conv1(x)))
         for stage in range(self.stages):
-            x = serial(getattr(self, f"layer{stage + 1}"), x)
+            x = getattr(self, f"layer{stage + 1}")(x)
         return self.linear(x.mean((1, 2)))

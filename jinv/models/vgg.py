@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from jinv.models.layers import (
     BatchNorm2d,
-    Blank,
     Conv2d,
+    Layer,
     Linear,
+    Sequential,
     adaptive_average_pool,
+    dropout,
+    flatten,
     max_pool,
-    serial,
 )
+
+_pool = functools.partial(max_pool, window=2, stride=2)
 
 
 class VGG(nnx.Module):
@@ -32,50 +35,36 @@ class VGG(nnx.Module):
         classes: int = 1000,
         rngs: nnx.Rngs,
     ) -> None:
-        layers: list[nnx.Module] = []
+        layers: list[Layer] = []
         inputs = 3
         for depth, width in zip(depths, (64, 128, 256, 512, 512), strict=True):
             for _ in range(depth):
                 layers.append(Conv2d(inputs, width, 3, padding=1, bias=True, rngs=rngs))
                 if batch_norm:
                     layers.append(BatchNorm2d(width))
-                layers.append(Blank())
+                layers.append(jax.nn.relu)
                 inputs = width
-            layers.append(Blank())
-        self.features = nnx.List(layers)
-        self.batch_norm = batch_norm
-        self.depths = tuple(depths)
-        self.classifier = nnx.List(
-            [
-                Linear(512 * 7 * 7, 4096, rngs=rngs),
-                Blank(),
-                Blank(),
-                Linear(4096, 4096, rngs=rngs),
-                Blank(),
-                Blank(),
-                Linear(4096, classes, rngs=rngs),
-            ]
+            layers.append(_pool)
+        self.features = Sequential(*layers)
+        self.classifier = Sequential(
+            Linear(512 * 7 * 7, 4096, rngs=rngs),
+            jax.nn.relu,
+            dropout(0.5),
+            Linear(4096, 4096, rngs=rngs),
+            jax.nn.relu,
+            dropout(0.5),
+            Linear(4096, classes, rngs=rngs),
         )
 
     def stages(self, x: Array) -> list[Array]:
         """(B, H, W, 3) -> each stage's last activation, before the pooling that ends it."""
-        layers = iter(self.features)
-        group = 3 if self.batch_norm else 2  # convolution, perhaps BatchNorm, the ReLU's place
         found: list[Array] = []
-        for depth in self.depths:
-            x = max_pool(x, 2, 2) if found else x
-            for _ in range(depth):
-                x = jax.nn.relu(serial(tuple(itertools.islice(layers, group)), x))
-            next(layers)
-            found.append(x)
+        for layer in self.features:
+            if layer is _pool:
+                found.append(x)
+            x = layer(x)
         return found
 
     def __call__(self, x: Array) -> Array:
         """(B, H, W, 3) -> logits (B, classes)."""
-        x = max_pool(self.stages(x)[-1], 2, 2)
-        x = adaptive_average_pool(x, 7)
-        # The first linear layer counts its inputs channel by channel, as torch flattens.
-        x = jnp.transpose(x, (0, 3, 1, 2)).reshape(x.shape[0], -1)
-        x = jax.nn.relu(self.classifier[0](x))
-        x = jax.nn.relu(self.classifier[3](x))
-        return self.classifier[6](x)
+        return self.classifier(flatten(adaptive_average_pool(self.features(x), 7)))

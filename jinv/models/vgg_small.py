@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jinv.models.layers import Blank, Conv2d, Linear, adaptive_average_pool, max_pool
+from jinv.models.layers import (
+    Conv2d,
+    Layer,
+    Linear,
+    Sequential,
+    adaptive_average_pool,
+    flatten,
+    max_pool,
+)
 
 WIDTHS = (32, 64, 128)
 FEATURES = 256
@@ -23,23 +32,19 @@ class VGGSmall(nnx.Module):
     """
 
     def __init__(self, *, channels: int = 1, classes: int = 26, rngs: nnx.Rngs) -> None:
-        layers: list[nnx.Module] = []
+        layers: list[Layer] = []
         inputs = channels
         for width in WIDTHS:
             for _ in range(2):
-                layers += [Conv2d(inputs, width, 3, padding=1, bias=True, rngs=rngs), Blank()]
+                conv = Conv2d(inputs, width, 3, padding=1, bias=True, rngs=rngs)
+                layers += [conv, jax.nn.relu]
                 inputs = width
-            layers.append(Blank())
-        self.features = nnx.List(layers)
+            layers.append(functools.partial(max_pool, window=2, stride=2))
+        self.features = Sequential(*layers)
         first = Linear(inputs * _GRID**2, FEATURES, rngs=rngs)
-        self.classifier = nnx.List([first, Blank(), Linear(FEATURES, classes, rngs=rngs)])
+        last = Linear(FEATURES, classes, rngs=rngs)
+        self.classifier = Sequential(first, jax.nn.relu, last)
 
     def __call__(self, x: Array) -> Array:
         """(B, H, W, channels) -> logits (B, classes)."""
-        convs = [layer for layer in self.features if isinstance(layer, Conv2d)]
-        for first, second in zip(convs[::2], convs[1::2], strict=True):
-            x = max_pool(jax.nn.relu(second(jax.nn.relu(first(x)))), 2, 2)
-        x = adaptive_average_pool(x, _GRID)
-        # The first linear layer counts its inputs channel by channel, as torch flattens.
-        x = jnp.transpose(x, (0, 3, 1, 2)).reshape(x.shape[0], -1)
-        return self.classifier[2](jax.nn.relu(self.classifier[0](x)))
+        return self.classifier(flatten(adaptive_average_pool(self.features(x), _GRID)))

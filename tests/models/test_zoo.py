@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import math
 import re
+import time
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,33 +21,84 @@ import pytest
 from flax import nnx
 from PIL import Image
 
+import network_table
 import weights_convert
 from jinv import checks, image, models
-from jinv.models import layers, registry
-from jinv.net import Net
+from jinv.models import layers
+from jinv.net import Net, Outputs
+from jinv.objective import terms
 
 # The names and their numbers of parameters. torchvision's are those of its documentation.
 PARAMETERS = {
+    "alexnet": 61_100_840,
+    "convnext_base": 88_591_464,
+    "convnext_large": 197_767_336,
+    "convnext_small": 50_223_688,
+    "convnext_tiny": 28_589_128,
+    "densenet121": 7_978_856,
+    "densenet161": 28_681_000,
+    "densenet169": 14_149_480,
+    "densenet201": 20_013_928,
+    "efficientnet_b0": 5_288_548,
+    "efficientnet_b1": 7_794_184,
+    "efficientnet_b2": 9_109_994,
+    "efficientnet_b3": 12_233_232,
+    "efficientnet_b4": 19_341_616,
+    "efficientnet_b5": 30_389_784,
+    "efficientnet_b6": 43_040_704,
+    "efficientnet_b7": 66_347_960,
+    "efficientnet_v2_l": 118_515_272,
+    "efficientnet_v2_m": 54_139_356,
+    "efficientnet_v2_s": 21_458_488,
+    "googlenet": 13_004_888,
+    "inception_v3": 27_161_264,
+    "maxvit_t": 30_919_624,
+    "mnasnet0_5": 2_218_512,
+    "mnasnet0_75": 3_170_208,
+    "mnasnet1_0": 4_383_312,
+    "mnasnet1_3": 6_282_256,
+    "mobilenet_v2": 3_504_872,
+    "mobilenet_v3_large": 5_483_032,
+    "mobilenet_v3_small": 2_542_856,
+    "regnet_x_16gf": 54_278_536,
+    "regnet_x_1_6gf": 9_190_136,
+    "regnet_x_32gf": 107_811_560,
+    "regnet_x_3_2gf": 15_296_552,
+    "regnet_x_400mf": 5_495_976,
+    "regnet_x_800mf": 7_259_656,
+    "regnet_x_8gf": 39_572_648,
+    "regnet_y_128gf": 644_812_894,
+    "regnet_y_16gf": 83_590_140,
+    "regnet_y_1_6gf": 11_202_430,
+    "regnet_y_32gf": 145_046_770,
+    "regnet_y_3_2gf": 19_436_338,
+    "regnet_y_400mf": 4_344_144,
+    "regnet_y_800mf": 6_432_512,
+    "regnet_y_8gf": 39_381_472,
+    "resnet101": 44_549_160,
+    "resnet152": 60_192_808,
     "resnet18": 11_689_512,
     "resnet34": 21_797_672,
     "resnet50": 25_557_032,
-    "resnet101": 44_549_160,
-    "resnet152": 60_192_808,
-    "resnext50_32x4d": 25_028_904,
     "resnext101_32x8d": 88_791_336,
     "resnext101_64x4d": 83_455_272,
-    "wide_resnet50_2": 68_883_240,
-    "wide_resnet101_2": 126_886_696,
+    "resnext50_32x4d": 25_028_904,
+    "shufflenet_v2_x0_5": 1_366_792,
+    "shufflenet_v2_x1_0": 2_278_604,
+    "shufflenet_v2_x1_5": 3_503_624,
+    "shufflenet_v2_x2_0": 7_393_996,
+    "squeezenet1_0": 1_248_424,
+    "squeezenet1_1": 1_235_496,
     "vgg11": 132_863_336,
-    "vgg13": 133_047_848,
-    "vgg16": 138_357_544,
-    "vgg19": 143_667_240,
     "vgg11_bn": 132_868_840,
+    "vgg13": 133_047_848,
     "vgg13_bn": 133_053_736,
+    "vgg16": 138_357_544,
     "vgg16_bn": 138_365_992,
+    "vgg19": 143_667_240,
     "vgg19_bn": 143_678_248,
-    "mobilenet_v2": 3_504_872,
-    "efficientnet_b0": 5_288_548,
+    "wide_resnet101_2": 126_886_696,
+    "wide_resnet50_2": 68_883_240,
     "efficientnet_lite0": 4_652_008,
     "efficientnet_lite1": 5_416_680,
     "efficientnet_lite2": 6_092_072,
@@ -55,37 +109,35 @@ PARAMETERS = {
     "lenet": 13_426,
     "vgg_small": 817_658,
 }
-# One or two a family; the others differ in depth and width only.
+# A small one of every family; the others differ in depth and width only.
 QUICK = (
-    "resnet18",
-    "resnet50",
-    "resnext50_32x4d",
-    "wide_resnet50_2",
-    "vgg11",
-    "vgg11_bn",
-    "mobilenet_v2",
+    "alexnet",
+    "convnext_tiny",
+    "densenet121",
     "efficientnet_b0",
     "efficientnet_lite0",
     "efficientnet_lite2",
+    "googlenet",
+    "inception_v3",
+    "lenet",
+    "maxvit_t",
+    "mnasnet0_5",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "regnet_x_400mf",
+    "regnet_y_400mf",
+    "resnet18",
     "resnet18_cifar",
     "resnet20_cifar",
-    "lenet",
+    "resnext50_32x4d",
+    "shufflenet_v2_x0_5",
+    "squeezenet1_1",
+    "vgg11_bn",
     "vgg_small",
 )
-FAMILIES = (
-    "resnet18",
-    "resnet50",
-    "resnext50_32x4d",
-    pytest.param("vgg11", marks=pytest.mark.slow),  # half a gigabyte, as the next
-    "vgg11_bn",
-    "mobilenet_v2",
-    "efficientnet_b0",
-    "efficientnet_lite0",
-    "resnet18_cifar",
-    "resnet20_cifar",
-)
-WITHOUT_BATCH_NORM = ("lenet", "vgg_small", "vgg11", "vgg13", "vgg16", "vgg19")
+# Differ in more than depth and width, but are large: efficientnet_v2_s and vgg11 run nightly.
 EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in PARAMETERS]
+WITHOUT_BATCH_NORM = ("lenet", "vgg_small", "alexnet", "convnext", "squeezenet")
 
 
 @pytest.fixture(scope="session")
@@ -96,6 +148,15 @@ def peers() -> ModuleType:
     import torch_peers
 
     return torch_peers
+
+
+@pytest.fixture(scope="session")
+def differences() -> Iterator[dict[str, float]]:
+    """Network -> largest relative difference to torch; the docs tell of them if all were run."""
+    found: dict[str, float] = {}
+    yield found
+    if found.keys() == PARAMETERS.keys():
+        network_table.write(found)
 
 
 def flat(tree: dict[Any, Any]) -> dict[str, Any]:
@@ -136,59 +197,66 @@ def test_registry_has_these_names() -> None:
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_state_dict_names_and_shapes_equal_torch(name: str, peers: ModuleType) -> None:
-    to_torch = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,), 0: ()}
-    ours = {
-        key: tuple(leaf.shape[axis] for axis in to_torch[len(leaf.shape)])
-        for key, leaf in flat(models.template(name)).items()
-    }
-    theirs = {key: tuple(tensor.shape) for key, tensor in peers.build(name).state_dict().items()}
-    assert ours == theirs
-
-
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_number_of_parameters(name: str) -> None:
-    buffers = ("running_mean", "running_var", "num_batches_tracked")
-    leaves = flat(models.template(name))
-    trained = [leaf for key, leaf in leaves.items() if not key.endswith(buffers)]
-    assert sum(math.prod(leaf.shape) for leaf in trained) == PARAMETERS[name]
-
-
-# Width and depth of arXiv 1905.11946's other networks.
-EFFICIENTNETS = {"b1": (1.0, 1.1), "b2": (1.1, 1.2), "b3": (1.2, 1.4), "b5": (1.6, 2.2)}
-
-
-@pytest.mark.parametrize("variant", EFFICIENTNETS)
-def test_scaled_efficientnets_have_torch_names_and_shapes(
-    variant: str, peers: ModuleType, monkeypatch: pytest.MonkeyPatch
+def test_names_shapes_and_order_are_those_of_torchs_state_dict(
+    name: str, peers: ModuleType
 ) -> None:
-    width, depth = EFFICIENTNETS[variant]
-    entry = registry._efficientnet(240, width, depth)
-    monkeypatch.setitem(registry._REGISTRY, f"efficientnet_{variant}", entry)
-    test_state_dict_names_and_shapes_equal_torch(f"efficientnet_{variant}", peers)
+    """Statistics and counters where torch has them; and no network takes long to trace."""
+    start = time.process_time()
+    variables = models.template(name)
+    assert time.process_time() - start < 5
+    theirs = {key: tuple(tensor.shape) for key, tensor in peers.build(name).state_dict().items()}
+    assert weights_convert.shapes(variables) == theirs
+    net: Any = types.SimpleNamespace(name=name, variables=variables)
+    assert models.registry.state_dict_names(net) == tuple(theirs)
+    buffers = ("running_mean", "running_var", "num_batches_tracked", "relative_position_index")
+    trained = [shape for key, shape in theirs.items() if not key.endswith(buffers)]
+    assert sum(map(math.prod, trained)) == PARAMETERS[name]
+
+
+def test_the_docs_table_is_current() -> None:
+    assert network_table.table(network_table.known()) in network_table.FILE.read_text()
 
 
 # --- numbers -------------------------------------------------------------------------------------
 
 
+SHAPES = {
+    "lenet": (2, 28, 28, 1),
+    "vgg_small": (2, 32, 43, 1),
+    "inception_v3": (3, 128, 139, 3),
+    "maxvit_t": (1, 224, 224, 3),  # what torchvision's takes
+}
+# Unoptimised programs give the same numbers, and compiling takes most of the time on a CPU.
+ON_CPU = jax.config.jax_platforms == "cpu"
+quick_jit = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0} if ON_CPU else {}
+)
+
+
+def shape_for(name: str) -> tuple[int, ...]:
+    """Not square, and large enough that the last layers' moments are of several values."""
+    return SHAPES.get(name, (2, 32, 43, 3) if "cifar" in name else (3, 96, 107, 3))
+
+
 @pytest.mark.parametrize("name", EVERY)
-def test_logits_and_moments_equal_torch(name: str, peers: ModuleType, tmp_path: Path) -> None:
-    """Random weights through a file, random non-square images; 1e-4 of each layer's norm."""
-    shape = (2, 32, 43, 3) if "cifar" in name else (2, 64, 75, 3)
-    shape = {"lenet": (2, 28, 28, 1), "vgg_small": (2, 32, 43, 1)}.get(name, shape)
-    network = peers.random_network(name, random_images(shape, seed=1))
-    images = random_images(shape, seed=2)
+def test_network_equals_torch(
+    name: str, peers: ModuleType, tmp_path: Path, differences: dict[str, float]
+) -> None:
+    """Random weights and statistics through a file: logits, moments, gradient, and the way back."""
+    images, labels = random_images(shape_for(name), seed=2), [3, 7, 1][: shape_for(name)[0]]
+    network = peers.random_network(name, random_images(shape_for(name), seed=1))
     expected = peers.forward(network, images)
+    slope = peers.gradient(network, images, labels)
 
     path = tmp_path / f"{name}.pth"
     peers.torch.save(network.state_dict(), path)
     net = models.load(name, path)
-    path.unlink()  # VGG's are half a gigabyte each
-    found = jax.jit(net.apply)(net.variables, jnp.asarray(images))
+    (_, found), gradient = deepinversion(net)(jnp.asarray(images), labels)
 
     assert net.classes == expected.logits.shape[1]
     assert len(found.moments) == len(net.statistics) == len(expected.moments)
-    assert bool(found.moments) == (name not in WITHOUT_BATCH_NORM)
+    plain_vgg = name.startswith("vgg") and not name.endswith("bn")
+    assert bool(found.moments) == (not plain_vgg and not name.startswith(WITHOUT_BATCH_NORM))
     errors = {"logits": distance(found.logits, expected.logits)}
     for i, (ours, theirs) in enumerate(zip(found.moments, expected.moments, strict=True)):
         errors[f"mean {i}"] = distance(ours.mean, theirs[0])
@@ -198,6 +266,39 @@ def test_logits_and_moments_equal_torch(name: str, peers: ModuleType, tmp_path: 
     for ours, theirs in zip(net.running_moments(), expected.statistics, strict=True):
         np.testing.assert_array_equal(ours.mean, theirs[0])
         np.testing.assert_array_equal(ours.var, theirs[1])
+
+    off = distance(gradient, slope)
+    if off > 1e-3:  # rounding has chosen another side of a kink somewhere: not in float64
+        with jax.enable_x64(True):
+            wide = jnp.asarray(images, jnp.float64)
+            _, gradient = deepinversion(net)(wide, labels)
+        off = distance(gradient, peers.gradient(network.double(), wide, labels))
+        assert off < 1e-6
+        network.float()
+    differences[name] = max(errors["logits"], off, *errors.values())
+
+    weights_convert.write(path, weights_convert.from_flax(net.variables))
+    back = peers.torch.load(path, weights_only=True)
+    path.unlink()  # some are gigabytes
+    peers.build(name).to_empty(device="cpu").load_state_dict(back, strict=True)
+    for key, value in peers.state_arrays(network).items():
+        assert back[key].numpy().dtype == value.dtype, key
+        assert back[key].numpy().tobytes() == value.tobytes(), key
+
+
+def deepinversion(net: Net) -> Any:
+    """(images, labels) -> ((loss, outputs), gradient) of what `torch_peers.gradient` has."""
+
+    def loss(images: jax.Array, labels: list[int]) -> tuple[jax.Array, Outputs]:
+        outputs = net.apply(net.variables, images)
+        distances = [
+            jnp.linalg.norm(seen.mean - own.mean) + jnp.linalg.norm(seen.var - own.var)
+            for seen, own in zip(outputs.moments, net.running_moments(), strict=True)
+        ]
+        label = terms.label_loss(outputs.logits, jnp.asarray(labels))
+        return label + 0.1 * sum(distances), outputs
+
+    return quick_jit(jax.value_and_grad(loss, has_aux=True))
 
 
 @pytest.mark.parametrize("size", [28, 32])
@@ -212,25 +313,6 @@ def test_small_vgg_takes_both_sizes_of_gray_images(
     assert distance(found.logits, peers.forward(network, images).logits) < 1e-4
     assert found.features.shape == (2, 256)
     assert (net.preprocessing.channels, net.preprocessing.size, net.classes) == (1, 32, 26)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_torch_to_flax_to_torch_is_bit_exact(name: str, peers: ModuleType, tmp_path: Path) -> None:
-    torch = peers.torch
-    network = peers.random_network(name, random_images((1, 32, 32, 3)))
-    state = peers.state_arrays(network)
-    variables = weights_convert.to_flax(state, models.template(name))
-    path = tmp_path / "back.pth"
-    weights_convert.write(path, weights_convert.from_flax(variables))
-
-    back = torch.load(path, weights_only=True)
-    path.unlink()
-    fresh = peers.build(name).to_empty(device="cpu")
-    fresh.load_state_dict(back, strict=True)
-    found = peers.state_arrays(fresh)
-    for key, value in state.items():
-        assert back[key].numpy().dtype == value.dtype, key
-        assert found[key].tobytes() == value.tobytes(), key
 
 
 def test_seed_decides_random_weights() -> None:
@@ -480,23 +562,3 @@ def test_classes_that_are_no_number_of_classes_are_refused(name: str, classes: A
 
 def test_classes_may_be_of_numpy() -> None:
     assert models.load("lenet", None, classes=np.int64(3)).classes == 3  # type: ignore[arg-type]
-
-
-def test_names_come_in_the_order_of_torchs_state_dict() -> None:
-    """Statistics and counters where torch has them."""
-    torch = pytest.importorskip("torch")
-    torchvision = pytest.importorskip("torchvision")
-    import torch_peers
-
-    for name in models.names():
-        net: Any = types.SimpleNamespace(name=name, variables=models.template(name))
-        found = models.registry.state_dict_names(net)
-        if hasattr(torchvision.models, name):
-            with torch.device("meta"):
-                theirs = torchvision.models.get_model(name).state_dict()
-        else:
-            with torch.device("meta"):
-                theirs = torch_peers.build(name).state_dict()
-        assert found == tuple(theirs), name
-        shapes = weights_convert.shapes(net.variables)
-        assert {n: tuple(v.shape) for n, v in theirs.items()} == shapes
