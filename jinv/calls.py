@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import errors
+from flax import errors, nnx
 from jax import Array
 
 INFERENCE: Mapping[str, bool] = {
@@ -96,6 +96,9 @@ class Call(NamedTuple):
       inference: keyword arguments in inference mode.
       training: the same in training mode.
       inference_fields, training_fields: of the module itself, where the mode is a field of it.
+      dropping: keyword arguments that switch dropout on in training.
+      dropping_fields: the same as fields.
+      streams: names of arguments that random keys come from.
       fixed: the user's own arguments that would tell the modes apart, but are the same in both.
       two_modes: whether anything differs between the modes.
     """
@@ -104,8 +107,16 @@ class Call(NamedTuple):
     training: dict[str, Any]
     inference_fields: dict[str, bool]
     training_fields: dict[str, bool]
+    dropping: dict[str, bool]
+    dropping_fields: dict[str, bool]
+    streams: tuple[str, ...]
     fixed: tuple[str, ...]
     two_modes: bool
+
+    def random(self, key: Array) -> dict[str, Any]:
+        """Return the arguments that differ where dropout is on, given a key to draw from."""
+        keys = {name: nnx.Rngs(key) if name == "rngs" else key for name in self.streams}
+        return {**self.dropping, **keys}
 
 
 def arguments(
@@ -130,7 +141,7 @@ def arguments(
     Raises:
       NetworkError: an argument without a default is not given and its name says nothing.
     """
-    inference, found, missing = dict(given), [], []
+    inference, found, missing, streams = dict(given), [], [], []
     for parameter in _after_images(module, given):
         key = parameter.name
         if key in given:
@@ -141,6 +152,7 @@ def arguments(
         elif parameter.default is parameter.empty:
             if key in _RANDOM:
                 inference[key] = None
+                streams.append(key)
             elif key not in (training or {}):
                 missing.append(key)
     if missing:
@@ -160,6 +172,9 @@ def arguments(
         {**inference, **{k: v for k, v in opposite.items() if k in found}, **(training or {})},
         still,
         {**still, **{k: v for k, v in opposite.items() if k in still}},
+        {key: False for key in found if key == "deterministic"},
+        {key: False for key in still if key == "deterministic"},
+        tuple(streams),
         tuple(key for key in given if key in INFERENCE and key not in (training or {})),
         bool(switches) or training is not None,
     )

@@ -22,7 +22,19 @@ from jinv import calls
 from jinv.calls import NetworkError
 from jinv.image import Preprocessing, check_space, sides
 from jinv.watch import Moments as Moments
-from jinv.watch import Path, Record, Variables, dotted, draws, hand_out, intercept, switch, watch
+from jinv.watch import (
+    Path,
+    Record,
+    Variables,
+    dotted,
+    draws,
+    drop,
+    hand_out,
+    intercept,
+    reseeded,
+    switch,
+    watch,
+)
 from jinv.watch import batch_moments as batch_moments
 
 Parameters = Mapping[Any, Any]
@@ -60,8 +72,9 @@ class Net:
       classes: number of logits.
       statistics: paths in `variables` of (running mean, running variance) of every BatchNorm
         layer, in forward order; the order of `Outputs.moments`.
-      train_apply: as `apply`, but BatchNorm layers normalise with the batch's own moments, as in
-        training; dropout stays off. None if that is not known.
+      train_apply: `(variables, images, key=None) -> Outputs` as `apply`, but BatchNorm layers
+        normalise with the batch's own moments, as in training. Dropout and stochastic depth are on
+        if there is a key. None if that is not known.
       counts: shape of images -> n of every BatchNorm layer in forward order: how many values of a
         channel its moments are of, images times pixels. Nothing is computed for it.
       head: path in `variables` of the linear layer whose input the features are, None if there is
@@ -71,6 +84,8 @@ class Net:
       class_names: of every class, where they are known.
       weights: which published ones the variables are, as torchvision calls them, such as
         "IMAGENET1K_V2"; None for others.
+      momenta: weight of a batch in the running statistics of every BatchNorm layer in training,
+        torch's `momentum` (Flax's is 1 minus it), in forward order; 0.1 each by default.
     """
 
     name: str
@@ -79,9 +94,7 @@ class Net:
     preprocessing: Preprocessing
     classes: int
     statistics: tuple[tuple[Path, Path], ...]
-    train_apply: Callable[[Variables, Array], Outputs] | None = dataclasses.field(
-        default=None, repr=False
-    )
+    train_apply: Callable[..., Outputs] | None = dataclasses.field(default=None, repr=False)
     counts: Callable[[tuple[int, ...]], tuple[int, ...]] | None = dataclasses.field(
         default=None, repr=False
     )
@@ -89,8 +102,11 @@ class Net:
     trained: frozenset[Path] | None = None
     class_names: tuple[str, ...] | None = dataclasses.field(default=None, repr=False)
     weights: str | None = None
+    momenta: tuple[float, ...] = dataclasses.field(default=(), repr=False)
 
     def __post_init__(self) -> None:
+        if not self.momenta:
+            object.__setattr__(self, "momenta", (0.1,) * len(self.statistics))
         _check_numbers(self)
         if self.class_names is not None and len(self.class_names) != self.classes:
             raise ValueError(
@@ -102,7 +118,7 @@ class Net:
         tree = self.variables if variables is None else variables
         return tuple(Moments(_get(tree, mean), _get(tree, var)) for mean, var in self.statistics)
 
-    def mode(self, training: bool) -> Callable[[Variables, Array], Outputs]:
+    def mode(self, training: bool) -> Callable[..., Outputs]:
         """`train_apply` or `apply`; ValueError if there is no training mode."""
         if not training:
             return self.apply
@@ -165,7 +181,7 @@ class Net:
         found = calls.arguments(name, "Net.from_nnx", model, given, differs)
         model = nnx.clone(model)
         nnx.pop(model, nnx.Intermediate)
-        watch(model)
+        rates = watch(model)
         model.eval()
         switch(model, training=False)
         # Random keys (dropout's) play no part in inference: no variables that attacks could see.
@@ -176,8 +192,19 @@ class Net:
         train_graphdef = nnx.graphdef(model)
 
         def forward(
-            graphdef: Any, call: Mapping, variables: Variables, images: Array, record: Record
+            graphdef: Any,
+            call: Mapping,
+            variables: Variables,
+            images: Array,
+            record: Record,
+            key: Array | None = None,
         ) -> Any:
+            if key is not None:
+                drops, streams, arguments = jax.random.split(key, 3)
+                fresh = nnx.merge(graphdef, reseeded(rngs, streams), variables)
+                hand_out(record, fresh)
+                drop(fresh, rates, drops)
+                return fresh(images, **{**call, **found.random(arguments)})
             fresh = nnx.merge(graphdef, rngs, variables)
             hand_out(record, fresh)
             before = draws(fresh) if rngs else []
@@ -250,11 +277,17 @@ class Net:
             variables: Variables,
             images: Array,
             record: Record,
+            key: Array | None = None,
         ) -> Any:
+            streams: dict[str, Any] = {}
+            if key is not None:
+                streams = {"rngs": {"dropout": key}}
+                module = _with_fields(module, found.dropping_fields)
+                call = {**call, **found.random(key)}
             # New running statistics and the like are of no interest.
             changing = [key for key in variables if key != "params"]
             with linen.intercept_methods(functools.partial(intercept, record, variables)):
-                returned: Any = module.apply(variables, images, mutable=changing, **call)
+                returned: Any = module.apply(variables, images, mutable=changing, **streams, **call)
             return returned[0]
 
         wrapped = _Wrapped(name, "Net.from_linen", output, found.fixed)
@@ -356,7 +389,8 @@ class _Wrapped:
     fixed: tuple[str, ...]
 
 
-Forward = Callable[[Variables, Array, Record], Any]
+Forward = Callable[..., Any]
+"""(variables, images, record, key=None) -> what the network returns."""
 
 
 def _build(
@@ -370,12 +404,17 @@ def _build(
     name = wrapped.name
 
     def run(
-        forward: Forward, variables: Variables, images: Array, record: Record, hint: str = ""
+        forward: Forward,
+        variables: Variables,
+        images: Array,
+        record: Record,
+        hint: str = "",
+        key: Array | None = None,
     ) -> Array:
         calls.check_images(name, images, preprocessing.channels)
         shape = jnp.shape(images)
         with calls.in_words(name, shape, hint):
-            result = forward(variables, images, record)
+            result = forward(variables, images, record, key)
         if record.training and wrapped.fixed and record.statistics and not record.of_batch:
             raise NetworkError(
                 f"{name} has no training mode: {', '.join(wrapped.fixed)} was given for both "
@@ -383,9 +422,15 @@ def _build(
             )
         return calls.logits_of(name, wrapped.maker, result, wrapped.output, shape)
 
-    def recorded(forward: Forward, training: bool, variables: Variables, images: Array) -> Outputs:
-        record = Record(name, training)
-        logits = run(forward, variables, images, record)
+    def recorded(
+        forward: Forward,
+        training: bool,
+        variables: Variables,
+        images: Array,
+        key: Array | None = None,
+    ) -> Outputs:
+        record = Record(name, training, drops=key is not None)
+        logits = run(forward, variables, images, record, key=key)
         head = record.head(logits)
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         return Outputs(logits, None if head is None else head[1], tuple(record.moments))
@@ -431,6 +476,7 @@ def _build(
         counts,
         head,
         trained,
+        momenta=tuple(record.momenta),
     )
 
 

@@ -45,6 +45,8 @@ from jinv.net import (
 from jinv.objective.terms import cross_entropy
 
 _BATCH = PartitionSpec(parallel.BATCH)
+_DROPS = 1
+"""Number of dropout's key among a step's."""
 
 Learns = Literal["all", "head", "all_but_batch_norm"]
 
@@ -68,10 +70,12 @@ class Config:
       label_smoothing: share of every label that goes to all classes alike.
       flip: mirror every image with probability 1/2.
       crop: pixels of black margin that every image may be moved into, at random.
-      statistics_momentum: weight of a batch in the running statistics, torch's `momentum`.
+      statistics_momentum: weight of a batch in the running statistics, torch's `momentum`; by
+        default every BatchNorm layer's own.
       learns: "all"; only the "head", the last linear layer; or "all_but_batch_norm", neither
-        BatchNorm's parameters nor its running statistics. Without "all" BatchNorm layers normalise
-        with their running statistics, which stay as they are.
+        BatchNorm's parameters nor its running statistics. Without "all" the network stays in
+        inference mode: BatchNorm layers normalise with their running statistics, which stay as they
+        are, and nothing is dropped out.
     """
 
     epochs: Count = 3
@@ -86,7 +90,7 @@ class Config:
     label_smoothing: ShareBelowOne = 0.0
     flip: bool = False
     crop: Natural = 0
-    statistics_momentum: PositiveShare = 0.1
+    statistics_momentum: PositiveShare | None = None
     learns: Learns = "all"
 
     def __post_init__(self) -> None:
@@ -183,8 +187,9 @@ def init(net: Net, optimizer: optax.GradientTransformation, learns: Learns = "al
 def make_step(net: Net, config: Config, optimizer: optax.GradientTransformation) -> Step:
     """One step on a batch.
 
-    Where all is learned, BatchNorm is in training mode: with the moments of the whole batch.
-    Randomness of step t comes from `fold_in(key, t)` alone.
+    Where all is learned, the network is in training mode: BatchNorm with the moments of the whole
+    batch, dropout and stochastic depth on; auxiliary heads stay as they are. Randomness of step t
+    comes from `fold_in(key, t)` alone.
 
     Raises:
       ValueError: the network has no training mode, or no head.
@@ -195,11 +200,14 @@ def make_step(net: Net, config: Config, optimizer: optax.GradientTransformation)
     def step(key: Array, state: State, examples: Examples) -> tuple[State, optimise.Info]:
         images, labels = examples
         before = learned(net, state.variables, config.learns)
-        images = augment(jax.random.fold_in(key, state.step), images, config)
+        key = jax.random.fold_in(key, state.step)
+        images = augment(key, images, config)
         seen = normalised(net, images, jnp.result_type(*jax.tree.leaves(before)))
+        drawn = () if frozen else (jax.random.fold_in(key, _DROPS),)
 
         def loss(now: Parameters) -> tuple[Array, Outputs]:
-            outputs = forward(with_parameters(state.variables, now), seen)
+            variables = with_parameters(state.variables, now)
+            outputs = forward(variables, seen, *drawn)
             return _loss(outputs.logits, labels, config.label_smoothing), outputs
 
         (value, outputs), gradient = jax.value_and_grad(loss, has_aux=True)(before)
@@ -260,7 +268,7 @@ def with_statistics(
     variables: Variables,
     moments: Sequence[Moments],
     shape: tuple[int, ...],
-    momentum: float,
+    momentum: float | None = None,
 ) -> Variables:
     """The variables after BatchNorm layers saw a batch: r <- (1 - m) r + m b, as torch does it.
 
@@ -271,7 +279,7 @@ def with_statistics(
       variables: its variables before.
       moments: of the batch, biased variances.
       shape: of the batch of images, which decides n.
-      momentum: m.
+      momentum: m of all layers; by default each layer's own.
 
     Raises:
       ValueError: a layer sees one value a channel, which has no variance.
@@ -280,7 +288,8 @@ def with_statistics(
     counts = net.counts(shape)
     if min(counts, default=2) < 2:
         raise ValueError(f"BatchNorm cannot learn from one value a channel: images {shape}")
-    return with_moments(variables, net.statistics, moments, counts, momentum)
+    momenta = net.momenta if momentum is None else (momentum,) * len(counts)
+    return with_moments(variables, net.statistics, moments, counts, momenta)
 
 
 def with_moments(
@@ -288,7 +297,7 @@ def with_moments(
     statistics: Sequence[tuple[Path, Path]],
     moments: Sequence[Moments],
     counts: Sequence[int],
-    momentum: float,
+    momenta: Sequence[float],
 ) -> Variables:
     """Return the variables of any network after its BatchNorm layers saw a batch.
 
@@ -297,28 +306,28 @@ def with_moments(
       statistics: paths of every layer's running mean and variance.
       moments: of the batch, biased variances, in the same order.
       counts: n of every layer: how many values of a channel its moments are of, at least 2.
-      momentum: see `with_statistics`.
+      momenta: m of every layer, see `with_statistics`.
     """
-    for paths, seen, n in zip(statistics, moments, counts, strict=True):
+    for paths, seen, n, m in zip(statistics, moments, counts, momenta, strict=True):
         new = Moments(seen.mean, seen.var * (n / (n - 1)))
         for path, now in zip(paths, new, strict=True):
             # From the variables as they are now: one layer may come twice.
             before: Any = functools.reduce(operator.getitem, path, variables)
-            changed: Any = (1 - momentum) * before + momentum * now
-            for key in reversed(path):
-                changed = {key: changed}
-            variables = with_parameters(variables, changed)
-    return _counted(variables)
+            variables = _changed(variables, path, (1 - m) * before + m * now)
+        layer: Any = functools.reduce(operator.getitem, paths[0][:-1], variables)
+        if _COUNTER in layer:
+            variables = _changed(variables, (*paths[0][:-1], _COUNTER), layer[_COUNTER] + 1)
+    return variables
 
 
-def _counted(tree: Variables) -> dict[Any, Any]:
-    """One more batch in every `num_batches_tracked`."""
-    return {
-        key: _counted(value)
-        if isinstance(value, Mapping)
-        else value + (key == "num_batches_tracked")
-        for key, value in tree.items()
-    }
+_COUNTER = "num_batches_tracked"
+
+
+def _changed(variables: Variables, path: Path, value: Any) -> dict[Any, Any]:
+    """The variables with another value at one path."""
+    for key in reversed(path):
+        value = {key: value}
+    return with_parameters(variables, value)
 
 
 def batches(key: Array, images: int, batch: int, start: int = 0) -> Iterator[np.ndarray]:

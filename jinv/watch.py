@@ -41,20 +41,24 @@ class Record:
     Attributes:
       name: of the network.
       training: whether it is in training mode.
+      drops: whether dropout is on.
       statistics, moments: as in `Net` and `Outputs`.
       counts: as `Net.counts` returns them, None of a layer with a mask.
+      momenta: as in `Net`.
       linear: path, input and output of every linear layer called.
       told: path of every layer that told something.
       of_batch: whether a BatchNorm layer normalised with the batch's own moments.
     """
 
-    def __init__(self, name: str, training: bool = False) -> None:
+    def __init__(self, name: str, training: bool = False, drops: bool = False) -> None:
         self._trace = get_opaque_trace_state()
         self.name = name
         self.training = training
+        self.drops = drops
         self.statistics: list[tuple[Path, Path]] = []
         self.moments: list[Moments] = []
         self.counts: list[int | None] = []
+        self.momenta: list[float] = []
         self.linear: list[tuple[Path, Array, Any]] = []
         self.told: list[Path] = []
         self.of_batch = False
@@ -101,6 +105,7 @@ class Record:
         self.statistics.append(told.statistics)
         self.moments.append(Moments(*(value.reshape(told.shape) for value in found)))
         self.counts.append(inputs.size // found.mean.size if mask is None else None)
+        self.momenta.append(_momentum(told))
 
     def head(self, logits: Array) -> tuple[Path, Array] | None:
         """Path and input of the linear layer that made the logits, or of the last one."""
@@ -130,6 +135,16 @@ class _Layer:
     def shape(self) -> tuple[int, ...]:
         """Return the shape of its statistics."""
         return jnp.shape(self.running)
+
+
+def _momentum(layer: _Layer) -> float:
+    """A BatchNorm layer's momentum in torch's sense; 0.1 where it has none."""
+    found = getattr(layer.module, "momentum", None)
+    if not isinstance(found, int | float) or not 0 <= found <= 1:
+        return 0.1
+    assert layer.statistics is not None
+    # Flax's layers, whose mean is `mean`, tell the weight of what was before.
+    return float(found) if layer.statistics[0][-1] == "running_mean" else 1 - float(found)
 
 
 def _switched(given: inspect.BoundArguments, module: Any, name: str) -> Any:
@@ -219,22 +234,59 @@ def _moments_jvp(
 # --- Flax NNX: layers whose classes tell ---------------------------------------------------------
 
 
-def watch(model: nnx.Module) -> None:
+def watch(model: nnx.Module) -> dict[Path, float]:
     """Give a model's BatchNorm and linear layers classes that tell a record what they see.
 
-    Dropout is switched off for good, and so are means over devices.
+    Dropout is switched off until `drop` switches it on: its rates by path are returned. Means over
+    devices are switched off for good.
     """
-    for _, module in list(nnx.iter_modules(model)):
-        if isinstance(module, nnx.Dropout):
-            module.rate = 0.0
-        if isinstance(module, nnx.MultiHeadAttention):
-            module.dropout_rate = 0.0
+    rates: dict[Path, float] = {}
+    for path, module in list(nnx.iter_modules(model)):
+        rate = _rate(module)
+        if rate is not None:
+            rates[path] = getattr(module, rate)
+            setattr(module, rate, 0.0)
         if isinstance(module, nnx.BatchNorm):
             module.axis_name = None
         statistics = _statistics_names(module)
         if statistics is not None or isinstance(module, nnx.Linear):
             kinds = (kind for kind in (nnx.BatchNorm, nnx.Linear) if isinstance(module, kind))
             module.__class__ = _watched(type(module), next(kinds, None))
+    return rates
+
+
+def _rate(module: nnx.Module) -> str | None:
+    """Name of a layer's rate of dropout; None if it has none."""
+    if isinstance(module, nnx.MultiHeadAttention):
+        return "dropout_rate"
+    return "rate" if isinstance(module, nnx.Dropout) else None
+
+
+def drop(fresh: nnx.Module, rates: Mapping[Path, float], key: Array) -> None:
+    """Switch dropout on in a model that lives for one call.
+
+    Args:
+      fresh: the model.
+      rates: see `watch`.
+      key: that they draw from, unless they have streams of their own.
+    """
+    modules = dict(nnx.iter_modules(fresh))
+    for i, (path, rate) in enumerate(rates.items()):
+        module: Any = modules[path]
+        setattr(module, str(_rate(module)), rate)
+        module.deterministic = False
+        if getattr(module, "rngs", None) is None:
+            module.rngs = nnx.RngStream(jax.random.fold_in(key, i), tag="dropout")
+
+
+def reseeded(streams: nnx.State, key: Array) -> nnx.State:
+    """Return a model's random streams begun anew from a key, each from its own part of it."""
+    leaves, structure = jax.tree.flatten(streams)
+    fresh = [
+        jax.random.fold_in(key, i) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+        for i, leaf in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(structure, fresh)
 
 
 def _statistics_names(module: nnx.Module) -> tuple[str, str] | None:
@@ -345,7 +397,7 @@ def intercept(
     if context.method_name != "__call__":
         return method(*args, **kwargs)
     for kind, field, value in _OFF:
-        if isinstance(module, kind):
+        if isinstance(module, kind) and not (record.drops and value == 0):
             object.__setattr__(module, field, value)  # of a copy that lives for one `apply`
     layer = _linen_layer(record.name, module, variables)
     if layer is None:

@@ -23,7 +23,7 @@ from jinv.net import Net, parameters
 from jinv.training import Config
 
 CLASSES = tuple("abcde")
-CONFIG = Config(epochs=3, batch=4, warmup=2, flip=True, crop=1)
+CONFIG = Config(epochs=3, batch=4, warmup=2, flip=True, crop=1, statistics_momentum=0.1)
 SPACE = Preprocessing(size=12, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
 
 

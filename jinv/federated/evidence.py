@@ -408,7 +408,8 @@ def from_state(
         from the changes of the running statistics where no moments are given: of a client in
         training mode whose one forward pass saw all images. Frozen layers may be there, unchanged.
       weights: what was sent are the new weights (and statistics), not their changes.
-      momentum: of the BatchNorm layers in torch's sense, for "update" statistics; 0.1 by default.
+      momentum: of the BatchNorm layers in torch's sense, for "update" statistics; the
+        layers' own by default.
       size: of the client's images, one side or height and width, for "update" statistics; the
         network's by default.
 
@@ -564,11 +565,11 @@ def _solved(
                 f"statistics: update cannot be solved: {name} says that the layer saw more than "
                 "one batch"
             )
-    share = 0.1 if momentum is None else momentum
-    if not _is_number(share) or not 0 < share <= 1:
+    momenta = net.momenta if momentum is None else (momentum,) * len(net.statistics)
+    if not all(_is_number(m) and 0 < m <= 1 for m in momenta):
         raise ValueError(f"momentum is a share above 0 and up to 1, not {momentum!r}")
     sides = image.sides(net.preprocessing.size if size is None else size)
-    return moments.solved(sent, net, held.images, new=weights, momentum=share, sides=sides)
+    return moments.solved(sent, net, held.images, new=weights, momenta=momenta, sides=sides)
 
 
 _VALUES = "values."

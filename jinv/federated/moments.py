@@ -22,7 +22,7 @@ def moments_of_update(
     before: Sequence[Moments],
     after: Sequence[Moments],
     counts: Sequence[int],
-    momentum: float = 0.1,
+    momentum: float | Sequence[float] = 0.1,
 ) -> tuple[Moments, ...]:
     """Solve running statistics for the batch's moments: (after - (1 - m) before) / m.
 
@@ -30,15 +30,18 @@ def moments_of_update(
       before, after: running statistics of every BatchNorm layer in forward order.
       counts: n, values that a channel of each layer saw (images times pixels). torch's running
         variance takes in unbiased variances, n / (n - 1) times the biased ones returned here.
-      momentum: m, in torch's sense.
+      momentum: m of all layers, or of each, in torch's sense.
     """
 
-    def solved(new: Array, old: Array) -> Array:
-        return (new - (1 - momentum) * old) / momentum
+    def solved(new: Array, old: Array, m: float) -> Array:
+        return (new - (1 - m) * old) / m
 
+    momenta = (momentum,) * len(counts) if isinstance(momentum, int | float) else momentum
     return tuple(
-        Moments(solved(new.mean, old.mean), jnp.maximum(solved(new.var, old.var), 0) * (n - 1) / n)
-        for new, old, n in zip(after, before, counts, strict=True)
+        Moments(
+            solved(new.mean, old.mean, m), jnp.maximum(solved(new.var, old.var, m), 0) * (n - 1) / n
+        )
+        for new, old, n, m in zip(after, before, counts, momenta, strict=True)
     )
 
 
@@ -93,7 +96,7 @@ def solved(
     images: int,
     *,
     new: bool,
-    momentum: float,
+    momenta: Sequence[float],
     sides: tuple[int, int],
 ) -> tuple[Moments, ...]:
     """Solve running statistics under torch's names for the moments of the one batch they took in.
@@ -103,7 +106,7 @@ def solved(
       net: the network as it was before.
       images: of the batch.
       new: the statistics are the new ones, not their changes.
-      momentum: of the BatchNorm layers in torch's sense.
+      momenta: of every BatchNorm layer in torch's sense.
       sides: height and width of the images.
 
     Raises:
@@ -120,7 +123,7 @@ def solved(
             f"missing: {', '.join(lost[:10])}"
         )
     after = []
-    for pair, old in zip(names, before, strict=True):
+    for pair, old, momentum in zip(names, before, momenta, strict=True):
         for name, own in zip(pair, old, strict=True):
             if sent[name].shape != own.shape:
                 raise ValueError(f"{name} is of shape {sent[name].shape}, not {own.shape}")
@@ -128,7 +131,7 @@ def solved(
         after.append(Moments(*(a if new else own + a for own, a in zip(old, changed, strict=True))))
         if np.any(after[-1].var < (1 - momentum) * old.var * (1 - 1e-3)):
             raise ValueError(
-                f"{pair[1]} gives a variance below zero: is the layers' momentum {momentum}?"
+                f"{pair[1]} gives a variance below zero: is the layer's momentum {momentum}?"
             )
     if all(np.array_equal(a, b) for a, b in zip(_flat(after), _flat(before), strict=True)):
         raise ValueError(
@@ -136,7 +139,7 @@ def solved(
             "were not sent"
         )
     counts = net.counts((images, *sides, net.preprocessing.channels))
-    return moments_of_update(before, after, counts, momentum)
+    return moments_of_update(before, after, counts, momenta)
 
 
 def _flat(moments: Sequence[Moments]) -> list[Array]:

@@ -264,7 +264,9 @@ class Reconstructor:
           momentum: weight of the batch, torch's.
         """
         counts = [batch * pixels for pixels in self._pixels]
-        return training.with_moments(variables, self.statistics, moments, counts, momentum)
+        return training.with_moments(
+            variables, self.statistics, moments, counts, (momentum,) * len(counts)
+        )
 
 
 def make(config: Config, execution: Execution = Execution()) -> Reconstructor:
