@@ -289,16 +289,17 @@ def test_network_equals_torch(
 def deepinversion(net: Net) -> Any:
     """(images, labels) -> ((loss, outputs), gradient) of what `torch_peers.gradient` has."""
 
-    def loss(images: jax.Array, labels: list[int]) -> tuple[jax.Array, Outputs]:
-        outputs = net.apply(net.variables, images)
+    def loss(images: jax.Array, labels: list[int], variables: Any) -> tuple[jax.Array, Outputs]:
+        outputs = net.apply(variables, images)
         distances = [
             jnp.linalg.norm(seen.mean - own.mean) + jnp.linalg.norm(seen.var - own.var)
-            for seen, own in zip(outputs.moments, net.running_moments(), strict=True)
+            for seen, own in zip(outputs.moments, net.running_moments(variables), strict=True)
         ]
         label = terms.label_loss(outputs.logits, jnp.asarray(labels))
         return label + 0.1 * sum(distances), outputs
 
-    return quick_jit(jax.value_and_grad(loss, has_aux=True))
+    compiled = quick_jit(jax.value_and_grad(loss, has_aux=True))
+    return lambda images, labels: compiled(images, labels, net.variables)
 
 
 @pytest.mark.parametrize("size", [28, 32])
