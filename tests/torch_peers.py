@@ -324,9 +324,13 @@ def randomise(
 
 
 class Reference(NamedTuple):
-    """Logits (B, classes), and (mean, biased variance) of every BatchNorm's input in call order."""
+    """Logits (B, classes), and (mean, biased variance) of every BatchNorm's input in call order.
+
+    The features are the input of the last linear layer, None without one.
+    """
 
     logits: np.ndarray
+    features: np.ndarray | None
     moments: list[tuple[np.ndarray, np.ndarray]]
     statistics: list[tuple[np.ndarray, np.ndarray]]
 
@@ -341,8 +345,15 @@ def forward(model: nn.Module, images: np.ndarray) -> Reference:
         moments.append((mean.numpy(), var.numpy()))
         statistics.append((module.running_mean.numpy(), module.running_var.numpy()))
 
+    inputs: list[np.ndarray] = []
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    handles = [
+        m.register_forward_pre_hook(lambda _, x: inputs.append(x[0].numpy())) for m in linear
+    ]
     logits = _with_hooks(model.eval(), images, look)
-    return Reference(logits.numpy(), moments, statistics)
+    for handle in handles:
+        handle.remove()
+    return Reference(logits.numpy(), inputs[-1] if inputs else None, moments, statistics)
 
 
 def gradient(model: nn.Module, images: np.ndarray, labels: list[int]) -> np.ndarray:
