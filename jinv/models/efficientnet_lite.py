@@ -10,7 +10,16 @@ import math
 from flax import nnx
 from jax import Array
 
-from jinv.models.layers import BatchNorm2d, Conv2d, Linear, relu6, round_channels
+from jinv.models.layers import (
+    BatchNorm2d,
+    Conv2d,
+    Linear,
+    dropout,
+    mean,
+    relu6,
+    round_channels,
+    stochastic_depth,
+)
 
 # repeats, kernel, stride of the first, expansion, channels
 STAGES = (
@@ -23,6 +32,8 @@ STAGES = (
     (1, 3, 1, 6, 320),
 )
 EPS = 1e-3
+STOCHASTIC_DEPTH = 0.2
+"""Rate at which the block after the last would be dropped in training; it grows linearly."""
 
 
 def _norm(features: int) -> BatchNorm2d:
@@ -40,6 +51,7 @@ class Block(nnx.Module):
         kernel: int,
         stride: int,
         expansion: int,
+        drop: float,
         rngs: nnx.Rngs,
     ) -> None:
         inner = inputs * expansion
@@ -54,27 +66,45 @@ class Block(nnx.Module):
         self._project_conv = Conv2d(inner, outputs, 1, rngs=rngs)
         self._bn2 = _norm(outputs)
         self.residual = stride == 1 and inputs == outputs
+        self.stochastic_depth = stochastic_depth(drop)
 
     def __call__(self, x: Array) -> Array:
         """(B, H, W, inputs) -> (B, ceil(H / stride), ceil(W / stride), outputs)."""
         y = relu6(self._bn0(self._expand_conv(x))) if self.expands else x
         y = relu6(self._bn1(self._depthwise_conv(y)))
         y = self._bn2(self._project_conv(y))
-        return x + y if self.residual else y
+        return x + self.stochastic_depth(y) if self.residual else y
 
 
 class EfficientNetLite(nnx.Module):
-    """Stem and head keep their width; the first and last stage keep their depth."""
+    """Stem and head keep their width; the first and last stage keep their depth.
 
-    def __init__(self, *, width: float, depth: float, classes: int = 1000, rngs: nnx.Rngs) -> None:
+    `drop` is the rate of dropout before the linear layer.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: float,
+        depth: float,
+        drop: float = 0.2,
+        classes: int = 1000,
+        rngs: nnx.Rngs,
+    ) -> None:
         self._conv_stem = Conv2d(3, 32, 3, stride=2, padding="SAME", rngs=rngs)
         self._bn0 = _norm(32)
-        blocks = []
+        blocks: list[Block] = []
         inputs = 32
-        for stage, (repeats, kernel, first_stride, expansion, channels) in enumerate(STAGES):
+        inner = range(1, len(STAGES) - 1)
+        counts = [
+            math.ceil(row[0] * depth) if stage in inner else row[0]
+            for stage, row in enumerate(STAGES)
+        ]
+        for count, (_, kernel, first_stride, expansion, channels) in zip(
+            counts, STAGES, strict=True
+        ):
             outputs = round_channels(channels * width)
-            scaled = stage not in (0, len(STAGES) - 1)
-            for i in range(math.ceil(repeats * depth) if scaled else repeats):
+            for i in range(count):
                 blocks.append(
                     Block(
                         inputs,
@@ -82,6 +112,7 @@ class EfficientNetLite(nnx.Module):
                         kernel=kernel,
                         stride=first_stride if i == 0 else 1,
                         expansion=expansion,
+                        drop=STOCHASTIC_DEPTH * len(blocks) / sum(counts),
                         rngs=rngs,
                     )
                 )
@@ -89,6 +120,7 @@ class EfficientNetLite(nnx.Module):
         self._blocks = nnx.List(blocks)
         self._conv_head = Conv2d(inputs, 1280, 1, rngs=rngs)
         self._bn1 = _norm(1280)
+        self._dropout = dropout(drop)
         self._fc = Linear(1280, classes, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
@@ -97,4 +129,4 @@ class EfficientNetLite(nnx.Module):
         for block in self._blocks:
             x = block(x)
         x = relu6(self._bn1(self._conv_head(x)))
-        return self._fc(x.mean((1, 2)))
+        return self._fc(self._dropout(mean(x)))

