@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -252,8 +251,7 @@ class Attack(command.Loaded):
                 bar.update(stage, done, shown)
                 done += count
                 if stopping() and done < total:
-                    number = stopping.number or signal.SIGTERM
-                    raise folder.stopped(number, done, total)
+                    raise folder.stopped(stopping.number, done, total)
 
             fitting = setting.fitting()
             statistics_ = setting.learned(fitting, lambda: see(0, 1, seeds=done + 1))

@@ -15,7 +15,6 @@ and, last of all, summary.json. Keys may also come from a config (`--config FILE
 from __future__ import annotations
 
 import dataclasses
-import signal
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -154,10 +153,9 @@ class Classification(command.Loaded):
                 found += map(self._one, files, likely)
                 bar.update(0, i, {"picture": np.array([len(found)])})
                 if stopping() and i + 1 < count:
-                    number = stopping.number or signal.SIGTERM
                     if folder is not None:
-                        raise folder.stopped(number, i + 1, count)
-                    raise Interrupted(f"stopped after {len(found)} pictures", number)
+                        raise folder.stopped(stopping.number, i + 1, count)
+                    raise Interrupted(f"stopped after {len(found)} pictures", stopping.number)
         return found
 
     def _one(self, file: Path, likely: np.ndarray) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import signal
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -164,8 +163,7 @@ class Extraction(command.Loaded):
                 for index, split in enumerate(self.splits):
                     reached = self._split(folder, index, done, look, save, stopping)
                     if reached < split.first + split.steps or (stopping() and reached < self.steps):
-                        number = stopping.number or signal.SIGTERM
-                        raise folder.stopped(number, reached, self.steps)
+                        raise folder.stopped(stopping.number, reached, self.steps)
             finally:
                 folder.save_logs()
         summary: dict[str, Any] = {}

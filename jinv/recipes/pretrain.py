@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import signal
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
@@ -203,8 +202,7 @@ class Pretraining(command.Loaded):
                     done = phase.first + int(parallel.fetch(state.step))
                     if done < phase.end or (phase is not phases[-1] and stopping()):
                         folder.save(manager, done, state, phase=index)
-                        number = stopping.number or signal.SIGTERM
-                        raise folder.stopped(number, done, phases[-1].end)
+                        raise folder.stopped(stopping.number, done, phases[-1].end)
                     variables = jax.tree.map(parallel.fetch, state.variables)
                     net, state = dataclasses.replace(net, variables=variables), None
             finally:

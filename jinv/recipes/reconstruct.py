@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import signal
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -201,8 +200,7 @@ class Reconstruction(command.Loaded):
             def see(stage: int, done: int) -> None:
                 bar.update(stage, done, {"head": np.array([done % count + 1])})
                 if stopping() and done + 1 < total:
-                    number = stopping.number or signal.SIGTERM
-                    raise folder.stopped(number, done + 1, total)
+                    raise folder.stopped(stopping.number, done + 1, total)
 
             trainings = []
             for i in range(count):

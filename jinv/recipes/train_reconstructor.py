@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import signal
 from typing import Annotated, Any
 
 import jax
@@ -275,8 +274,7 @@ class Reconstruction(command.Loaded):
                 done = int(parallel.fetch(state.step))
                 if done < config.reconstructor.steps:
                     folder.save(manager, done, state)
-                    number = stopping.number or signal.SIGTERM
-                    raise folder.stopped(number, done, config.reconstructor.steps)
+                    raise folder.stopped(stopping.number, done, config.reconstructor.steps)
             finally:
                 folder.save_logs()
         own = self._trained(net, normalisation, state)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import signal
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -126,7 +125,7 @@ def run(
         background.wait()
         if stopping():
             # It may have come to another process.
-            folder.interrupted = stopping.number or signal.SIGTERM
+            folder.interrupted = stopping.number
         if folder.interrupted and not callback.ended:
             callback.save()  # the signal may have come after the callback
             done = int(parallel.fetch(state.step))

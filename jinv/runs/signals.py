@@ -25,14 +25,19 @@ class Signals:
     """Within, the first SIGTERM or Ctrl-C only asks to stop; the second acts as usual."""
 
     def __init__(self) -> None:
-        self.number = 0
+        self._number = 0
         self._agreed = False
         self._before: dict[int, Any] = {}
 
     def __call__(self) -> bool:
         """Whether one has come to any process; all must ask at the same points."""
-        self._agreed = self._agreed or parallel.any_process(self.number != 0)
+        self._agreed = self._agreed or parallel.any_process(self._number != 0)
         return self._agreed
+
+    @property
+    def number(self) -> int:
+        """The number of the one that came; SIGTERM's if it came to another process."""
+        return self._number or signal.SIGTERM
 
     def __enter__(self) -> Signals:
         # Python handles signals in the main thread only; elsewhere they act as usual.
@@ -43,7 +48,7 @@ class Signals:
 
     def _handle(self, number: int, frame: Any) -> None:
         del frame
-        self.number = number
+        self._number = number
         self._restore()
 
     def __exit__(self, *error: object) -> None:
