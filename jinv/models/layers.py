@@ -228,9 +228,13 @@ def redraw(
     conv: jax.nn.initializers.Initializer | None = None,
     linear: jax.nn.initializers.Initializer | None = None,
 ) -> None:
-    """Draw the weights of all convolutions, or linear layers, anew; their biases become 0.
+    """Draw a network's weights anew, as torchvision initialises some in a way of their own.
 
-    For networks that torchvision initialises in a way of their own.
+    Args:
+      model: the network, which is changed.
+      rngs: to draw from.
+      conv: draws the weights of convolutions, whose biases become 0; they stay by default.
+      linear: the same of linear layers.
     """
     for _, layer in nnx.iter_modules(model):
         draw = conv if isinstance(layer, Conv2d) else linear

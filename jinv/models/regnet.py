@@ -31,6 +31,12 @@ def widths(depth: int, initial: int, slope: float, step: float) -> Iterator[tupl
 
     Block j of the network would be initial + slope j wide; that is rounded to initial * step^k
     for a whole k, and to a multiple of 8 (equations 2 to 4). Equal blocks make a stage.
+
+    Args:
+      depth: number of blocks, d.
+      initial: width of the first one, w_0.
+      slope: w_a.
+      step: w_m.
     """
     # In float32, as torchvision has it.
     wanted = np.arange(depth, dtype=np.float32) * np.float32(slope) + np.float32(initial)
