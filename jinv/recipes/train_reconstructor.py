@@ -230,24 +230,26 @@ class Reconstruction(command.Loaded):
           Interrupted: SIGTERM or Ctrl-C came; a checkpoint was saved.
         """
         config, setting = self.config, self.setting
-        fitting = setting.fitting() if config.conditional else None
-        told = setting.learned(fitting)
-        victims = setting.victims(told)
-        normalisation = self._normalisation(told)
-        net = network.make(
-            network.Config(
-                len(normalisation.varying),
-                config.width,
-                setting.images(setting.train).shape[1],
-                setting.images(setting.train).shape[3],
-                len(setting.train.classes) if config.conditional else None,
-            ),
-            config.network,
-        )
-        key, _ = jax.random.split(jax.random.key(config.seed))
-        people = learning.population(setting.images(setting.train), setting.prior_labels, self.mesh)
         stage = Stretch("training", config.reconstructor.steps)
         with folder.checkpoints() as manager, Signals() as stopping, Progress([stage]) as bar:
+            fitting = setting.fitting() if config.conditional else None
+            told = setting.learned(fitting)
+            victims = setting.victims(told)
+            normalisation = self._normalisation(told)
+            net = network.make(
+                network.Config(
+                    len(normalisation.varying),
+                    config.width,
+                    setting.images(setting.train).shape[1],
+                    setting.images(setting.train).shape[3],
+                    len(setting.train.classes) if config.conditional else None,
+                ),
+                config.network,
+            )
+            key, _ = jax.random.split(jax.random.key(config.seed))
+            people = learning.population(
+                setting.images(setting.train), setting.prior_labels, self.mesh
+            )
             restored = folder.restore(
                 manager,
                 lambda meta: learning.abstract_state(net, config.reconstructor, self.mesh),
