@@ -8,6 +8,8 @@
     python scripts/benchmark.py gradients --out gradients.json
     python scripts/benchmark.py shadow --out shadow.json
     python scripts/benchmark.py reconstructor --out reconstructor.json
+    python scripts/benchmark.py models --out models.json
+    python scripts/benchmark.py models --out one.json --networks densenet121 vgg16
     python scripts/benchmark.py labels --out labels.json --repeats 12
 
 `inversion` times one DeepInversion step: frozen network, BatchNorm prior, cross-entropy, TV_2 and
@@ -87,6 +89,13 @@ from the same parameters:
 fill the memory; on CPU a round of CIFAR is one step. Before timing, both sides must give the same
 loss and the same gradient of all parameters, as in `inversion`. A GPU adds bfloat16.
 
+`models` times networks themselves, one of every family of classifiers: 4 images of 112 px (MaxViT:
+224) to logits, and to the gradient of cross-entropy and BatchNorm prior at the images; two rows
+each. `--networks` chooses others of the zoo. The peer is eager PyTorch, forward in inference mode,
+backward with weights that want no gradient. Before timing, the programs that are timed must give
+the same logits, terms and gradient. Rows also have trace_s and compile_s: seconds until XLA has our
+program, and until it is compiled, without XLA's cache.
+
 `labels` times nothing: it counts which labels every method restores from gradients of trained
 networks, over `--repeats` batches. MobileNetV2 and EfficientNet-Lite0 get random crops of
 photographs, whose classes are what the network says of them; a ResNet-18 trained by
@@ -122,7 +131,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks import ensemble, gradients, inversion, labels, reconstructor, shadow, timing
+from benchmarks import (
+    ensemble,
+    gradients,
+    inversion,
+    labels,
+    models,
+    reconstructor,
+    shadow,
+    timing,
+)
 
 COMMANDS = {
     "inversion": (inversion.run, "one DeepInversion step against PyTorch"),
@@ -130,6 +148,7 @@ COMMANDS = {
     "gradients": (gradients.run, "one step of gradient inversion against PyTorch and breaching"),
     "shadow": (shadow.run, "shadow models against PyTorch and opacus"),
     "reconstructor": (reconstructor.run, "one training step of the reconstructor"),
+    "models": (models.run, "forward and gradient of one network a family against PyTorch"),
     "labels": (labels.run, "labels that are restored from gradients of trained networks"),
 }
 
@@ -144,9 +163,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         command = commands.add_parser(name, help=text)
         command.set_defaults(run=run)
         command.add_argument("--out", type=Path, required=True, metavar="FILE", help="to write")
-        command.add_argument(
-            "--cases", nargs="+", metavar="WORD", help="only cases with all of them"
-        )
+        if name == "models":
+            command.add_argument("--networks", nargs="+", metavar="NAME", help="these instead")
+        else:
+            command.add_argument(
+                "--cases", nargs="+", metavar="WORD", help="only cases with all of them"
+            )
         if name in ("inversion", "reconstructor"):
             command.add_argument("--peers", nargs="+", metavar="PEER", help="only these")
         command.add_argument("--repeats", type=int, default=9, metavar="N", help="rounds, >= 7")

@@ -110,17 +110,22 @@ class EfficientNetLite0(nn.Module):
         return self._fc(x.mean((2, 3)))
 
 
-def torch_network(name: str) -> nn.Module:
-    """Network with random weights and the BatchNorm statistics that belong to them."""
+def torch_network(name: str, size: int = 64) -> nn.Module:
+    """Network with random weights and the BatchNorm statistics that belong to them.
+
+    Its statistics are those of images of this size.
+    """
     torch.manual_seed(0)
     if name == "efficientnet_lite0":
         net: nn.Module = EfficientNetLite0()
     else:
-        net = getattr(torchvision().models, name)()
-    return with_statistics(net.eval())
+        # Those that take a minute to draw are drawn like the others.
+        quick = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+        net = getattr(torchvision().models, name)(**quick)
+    return with_statistics(net.eval(), size)
 
 
-def with_statistics(net: nn.Module) -> nn.Module:
+def with_statistics(net: nn.Module, size: int = 64) -> nn.Module:
     """Give every BatchNorm layer running statistics near those of noise that passes through.
 
     Near, so that the prior has something to do; layer after layer, so that activations keep their
@@ -142,7 +147,7 @@ def with_statistics(net: nn.Module) -> nn.Module:
     norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
     hooks = [norm.register_forward_pre_hook(measure) for norm in norms]
     with torch.no_grad():
-        net(torch.randn(8, 3, 64, 64, generator=generator))
+        net(torch.randn(8, 3, size, size, generator=generator))
     for hook in hooks:
         hook.remove()
     return net
