@@ -379,3 +379,40 @@ def test_adaptive_average_pool(size: tuple[int, int]) -> None:
 def test_relu6_and_its_gradient_at_the_kinks() -> None:
     x = np.asarray([-1, 0, 1, 5, 6, 7], np.float32).reshape(1, 2, 3, 1)
     _against_torch(layers.relu6, torch.nn.functional.relu6, x)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gelu(dtype: str) -> None:
+    """In bfloat16 it is rounded once, from float32."""
+    x = np.linspace(-9, 9, 1801, dtype=np.float32).reshape(1, 1, 1801, 1)
+    x = np.asarray(jnp.asarray(x, dtype).astype(jnp.float32))
+    if dtype == "float32":
+        _against_torch(layers.gelu, torch.nn.functional.gelu, x)
+    expected = torch.nn.functional.gelu(torch.tensor(x).double()).numpy()
+    found = layers.gelu(jnp.asarray(x, dtype))
+    assert found.dtype == dtype
+    np.testing.assert_allclose(
+        np.asarray(found, np.float64),
+        expected,
+        rtol=1e-5 if dtype == "float32" else 2**-8,
+        atol=2e-6,
+    )
+
+
+def test_derivatives_of_gelu_equal_jax(wide: None) -> None:
+    plain = functools.partial(jax.nn.gelu, approximate=False)
+
+    @quick_jit
+    def found(x: Array) -> dict[str, tuple]:
+        return {
+            name: _derivatives(f, x) for name, f in {"direct": plain, "ours": layers.gelu}.items()
+        }
+
+    _assert_equal(found(_draw((50,), 7) * 3), 1e-9)
+
+
+def _derivatives(function: Callable[[Array], Array], x: Array) -> tuple[Array, ...]:
+    """First and second in reverse mode, and the second in forward mode."""
+    first = jax.grad(lambda x: jnp.sin(function(x)).sum())
+    second = jax.grad(lambda x: jnp.cos(first(x)).sum())
+    return first(x), second(x), jax.jvp(first, (x,), (jnp.cos(x),))[1]
