@@ -24,7 +24,8 @@ class Choices:
     Attributes:
       depthwise: convolution with one filter a channel as XLA's "convolution", or as a sum of
         shifted "slices" times weights.
-      grouped: convolution in groups as one "convolution", or "split" into one a group.
+      grouped: convolution in groups as one "convolution", or "split" into one a group, of narrow
+        groups one for several.
       pointwise: 1x1 convolution as XLA's "convolution", or as a matrix "product".
       strided: convolution whose gradient XLA would spread with zeros, or that has few output
         pixels, as XLA's "convolution", or "unfolded" into a matrix product.

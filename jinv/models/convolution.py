@@ -66,13 +66,41 @@ def direct(x: Array, weight: Array, stride: int, pads: Pads, groups: int) -> Arr
 
 
 def split(x: Array, weight: Array, stride: int, pads: Pads, groups: int) -> Array:
-    """Convolve every group of channels alone.
+    """Convolve every group of channels alone, but narrow ones several together.
 
     Args:
       x, weight, stride, pads, groups: see `direct`.
     """
-    parts = zip(jnp.split(x, groups, -1), jnp.split(weight, groups, -1), strict=True)
+    together = _together(groups, weight.shape[2])
+    weight, count = _joined(weight, groups, together), groups // together
+    parts = zip(jnp.split(x, count, -1), jnp.split(weight, count, -1), strict=True)
     return jnp.concatenate([direct(part, w, stride, pads, 1) for part, w in parts], -1)
+
+
+_NARROW, _JOINED = 16, 32
+"""Channels of a group below which a CPU gains by joining groups, and up to how many: three times as
+fast with 4 channels, 1.5 times with 8, in spite of the zeros."""
+
+
+def _together(groups: int, inputs: int) -> int:
+    """How many groups of so many inputs are convolved as one; it divides their number."""
+    most = _JOINED // inputs if inputs < _NARROW else 1
+    return max(n for n in range(1, most + 1) if groups % n == 0)
+
+
+def _joined(weight: Array, groups: int, together: int) -> Array:
+    """Weights of fewer groups, with zeros between channels of groups that were apart."""
+    if together == 1:
+        return weight
+    height, width, inputs, outputs = weight.shape
+    apart = weight.reshape(height, width, inputs, -1, together, outputs // groups)
+    none = [(0, 0)] * 4
+    # Not times an identity matrix: XLA's gradient of that, a sum, has ended in a crash.
+    rows = [
+        jnp.pad(apart[..., i : i + 1, :], (*none, (i, together - 1 - i), (0, 0)))
+        for i in range(together)
+    ]
+    return jnp.concatenate(rows, 2).reshape(height, width, together * inputs, outputs)
 
 
 def _unfolding_pays(x: Array, weight: Array, stride: int, pads: Pads) -> bool:

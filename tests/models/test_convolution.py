@@ -178,6 +178,30 @@ def test_vmap_over_images_and_weights(wide: None, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("groups", "inputs", "outputs", "parts"),
+    [(6, 48, 12, 2), (26, 208, 208, 13), (5, 40, 10, 5), (2, 32, 4, 2), (4, 4, 8, 1)],
+)
+def test_narrow_groups_are_convolved_together(
+    groups: int, inputs: int, outputs: int, parts: int
+) -> None:
+    """As many as divide their number and have 32 channels at most; values and gradients stay."""
+    x = _draw((2, 6, 5, inputs), 0, "float32")
+    w = _draw((3, 3, inputs // groups, outputs), 1, "float32")
+    pads = ((1, 1), (1, 1))
+
+    @quick_jit
+    def found(x: Array, w: Array) -> dict[str, tuple]:
+        return {
+            name: _value_and_gradients(lambda x, w, form=form: form(x, w, 2, pads, groups), x, w)
+            for name, form in {"direct": convolution.direct, "ours": convolution.split}.items()
+        }
+
+    program = str(jax.make_jaxpr(lambda x: convolution.split(x, w, 2, pads, groups))(x))
+    assert program.count("conv_general_dilated[") == parts
+    _assert_equal(found(x, w), 1e-4)
+
+
+@pytest.mark.parametrize(
     ("switch", "ours", "kind", "kernel", "stride"),
     [
         ("depthwise", "slices", "depthwise", 3, 1),
@@ -188,9 +212,10 @@ def test_vmap_over_images_and_weights(wide: None, kind: str) -> None:
     ],
 )
 def test_every_form_has_its_switch(
-    switch: str, ours: str, kind: str, kernel: int, stride: int
+    switch: str, ours: str, kind: str, kernel: int, stride: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the number of XLA's convolutions in the program; a switch leaves other kinds alone."""
+    monkeypatch.setattr(convolution, "_NARROW", 0)  # groups are not joined: one each
     x, w = _operands(kernel, (1, 2) if kernel == 3 else (8, 8), kind, "float32")
     groups = KINDS[kind][0]
 
