@@ -317,7 +317,10 @@ def machine() -> dict[str, Any]:
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next(ln.split(": ")[1] for ln in lines if ln.startswith("model name"))
-    settings = ("XLA_FLAGS", "GLIBC_TUNABLES", "OMP_NUM_THREADS", "MALLOC_ARENA_MAX", "LD_PRELOAD")
+    settings = (
+        *("XLA_FLAGS", "GLIBC_TUNABLES", "MALLOC_ARENA_MAX", "LD_PRELOAD"),
+        *("OMP_NUM_THREADS", "OMP_WAIT_POLICY"),
+    )
     return {
         "processor": processor,
         "cores": os.cpu_count(),
@@ -403,5 +406,6 @@ def report_rows(
     if any(new["others"] > QUIET for new in found):
         print(
             "Other processes used the machine: PyTorch loses far more time to them than JAX, so "
-            "those ratios say little. Measure again when it is idle."
+            "those ratios say little. Measure again when it is idle, or with "
+            "OMP_WAIT_POLICY=passive, with which it loses less."
         )
