@@ -406,6 +406,6 @@ def report_rows(
     if any(new["others"] > QUIET for new in found):
         print(
             "Other processes used the machine: PyTorch loses far more time to them than JAX, so "
-            "those ratios say little. Measure again when it is idle, or with "
-            "OMP_WAIT_POLICY=passive, with which it loses less."
+            "those ratios say little. Measure again when it is idle; with OMP_WAIT_POLICY=passive "
+            "PyTorch loses less."
         )
