@@ -59,11 +59,12 @@ class VGG(nnx.Module):
     def stages(self, x: Array) -> list[Array]:
         """(B, H, W, 3) -> each stage's last activation, before the pooling that ends it."""
         found: list[Array] = []
-        for layer in self.features:
+        *layers, _ = self.features  # the last pooling ends what small images can go through
+        for layer in layers:
             if layer is _pool:
                 found.append(x)
             x = layer(x)
-        return found
+        return [*found, x]
 
     def __call__(self, x: Array) -> Array:
         """(B, H, W, 3) -> logits (B, classes)."""
