@@ -594,7 +594,7 @@ class _Watch:
         self._progress.update(0, done.models, {"loss": loss})
         done.models += len(loss)
         done.seconds = time.perf_counter() - self._began
-        if self._signals.number and done.models < self._models:
+        if self._signals.came and done.models < self._models:
             after = f"{self._folder}: go on with --resume" if self._folder else "nothing was kept"
             raise Interrupted(f"stopped in seed {seed}; {after}", self._signals.number)
 

@@ -31,8 +31,13 @@ class Signals:
 
     def __call__(self) -> bool:
         """Whether one has come to any process; all must ask at the same points."""
-        self._agreed = self._agreed or parallel.any_process(self._number != 0)
+        self._agreed = self._agreed or parallel.any_process(self.came)
         return self._agreed
+
+    @property
+    def came(self) -> bool:
+        """Whether one has come to this process."""
+        return self._number != 0
 
     @property
     def number(self) -> int:
