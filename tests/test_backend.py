@@ -18,7 +18,7 @@ from jinv.attacks import deepinversion
 from jinv.models import layers
 from jinv.net import Net
 from jinv.objective.terms import Member
-from tiny import SPACE
+from tiny import SPACE, quick_jit
 
 SWITCHES = ("depthwise", "grouped", "pointwise", "strided", "moments", "remat")
 
@@ -77,9 +77,7 @@ def images_after_a_step(net: Net) -> np.ndarray:
     (phase,) = attack.phases
     images = jax.random.normal(jax.random.key(0), (3, 32, 32, 3), "float64")
     state = phase.enter(images, 0)
-    # Compiling takes all the time here.
-    options = {} if jax.default_backend() != "cpu" else {"xla_backend_optimization_level": 0}
-    step = jax.jit(lambda *args: phase.step(*args), compiler_options=options)
+    step = quick_jit(lambda *args: phase.step(*args))
     return np.asarray(step(jax.random.key(1), state, attack.data)[0].images)
 
 

@@ -18,6 +18,7 @@ from jax import Array
 from jinv import backend
 from jinv.models import convolution, layers
 from jinv.net import batch_moments
+from tiny import quick_jit
 
 SIZES = [(7, 10), (8, 5), (6, 6), (9, 7)]
 PADDINGS: tuple[convolution.Padding, ...] = (0, 1, 2, 3, "SAME")
@@ -36,11 +37,6 @@ KINDS: dict[str, tuple[int, int, int]] = {
     "depthwise": (5, 5, 5),
 }
 """(groups, inputs, outputs)"""
-# Compiling takes all the time on CPU.
-ON_CPU = jax.config.jax_platforms == "cpu"
-quick_jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0} if ON_CPU else {}
-)
 
 Form = Callable[[Array, Array], Array]
 

@@ -10,13 +10,14 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from test_zoo import quick_jit, random_images
+from test_zoo import random_images
 
 import weights_convert
 from jinv import models, training
 from jinv.models import layers
 from jinv.net import Net, parameters, with_parameters
 from jinv.objective.terms import label_loss
+from tiny import quick_jit
 
 QUICK = ("mnasnet0_5", "mobilenet_v3_small", "shufflenet_v2_x0_5", "resnet18_cifar")
 OTHERS = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import importlib.util
 import math
@@ -27,6 +26,7 @@ from jinv import checks, image, models
 from jinv.models import layers
 from jinv.net import Net, Outputs
 from jinv.objective import terms
+from tiny import quick_jit
 
 # The names and their numbers of parameters. torchvision's are those of its documentation.
 PARAMETERS = {
@@ -226,11 +226,6 @@ SHAPES = {
     "inception_v3": (3, 128, 139, 3),
     "maxvit_t": (1, 224, 224, 3),  # what torchvision's takes
 }
-# Unoptimised programs give the same numbers, and compiling takes most of the time on a CPU.
-ON_CPU = jax.config.jax_platforms == "cpu"
-quick_jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0} if ON_CPU else {}
-)
 
 
 def shape_for(name: str) -> tuple[int, ...]:
