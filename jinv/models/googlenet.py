@@ -20,9 +20,7 @@ from jinv.models.layers import (
     Linear,
     Named,
     Sequential,
-    adaptive_average_pool,
     dropout,
-    flatten,
     max_pool,
     mean,
     redraw,
@@ -91,33 +89,26 @@ class Inception(nnx.Module):
 
 
 class Auxiliary(nnx.Module):
-    """A classifier on a middle layer, for training."""
+    """The weights of a classifier on a middle layer, kept for the way back to torch."""
 
     def __init__(self, inputs: int, classes: int, *, rngs: nnx.Rngs) -> None:
         self.conv = basic_conv(inputs, 128, 1, rngs=rngs)
         self.fc1 = Linear(2048, 1024, rngs=rngs)
         self.fc2 = Linear(1024, classes, rngs=rngs)
-        self.dropout = dropout(0.7)
-
-    def __call__(self, x: Array) -> Array:
-        """(B, H, W, inputs) -> logits (B, classes)."""
-        x = flatten(self.conv(adaptive_average_pool(x, 4)))
-        return self.fc2(self.dropout(jax.nn.relu(self.fc1(x))))
 
 
 class GoogLeNet(nnx.Module):
-    """Nine inception blocks. `auxiliary`: with the two heads that only training would use."""
+    """Nine inception blocks."""
 
-    def __init__(self, *, auxiliary: bool = True, classes: int = 1000, rngs: nnx.Rngs) -> None:
+    def __init__(self, *, classes: int = 1000, rngs: nnx.Rngs) -> None:
         conv = functools.partial(basic_conv, rngs=rngs)
         self.conv1 = conv(3, 64, 7, stride=2, padding=3)
         self.conv2 = conv(64, 64, 1)
         self.conv3 = conv(64, 192, 3, padding=1)
         for name, row in BLOCKS.items():
             setattr(self, name, Inception(row, rngs=rngs))
-        if auxiliary:
-            self.aux1 = Auxiliary(512, classes, rngs=rngs)
-            self.aux2 = Auxiliary(528, classes, rngs=rngs)
+        self.aux1 = Auxiliary(512, classes, rngs=rngs)
+        self.aux2 = Auxiliary(528, classes, rngs=rngs)
         self.dropout = dropout(0.2)
         self.fc = Linear(1024, classes, rngs=rngs)
         draw = jax.nn.initializers.normal(0.01)

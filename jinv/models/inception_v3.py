@@ -139,22 +139,18 @@ class InceptionE(nnx.Module):
 
 
 class Auxiliary(nnx.Module):
-    """A classifier on a middle layer, for training."""
+    """The weights of a classifier on a middle layer, kept for the way back to torch."""
 
     def __init__(self, inputs: int, classes: int, *, rngs: nnx.Rngs) -> None:
         self.conv0 = basic_conv(inputs, 128, 1, rngs=rngs)
         self.conv1 = basic_conv(128, 768, 5, rngs=rngs)
         self.fc = Linear(768, classes, rngs=rngs)
 
-    def __call__(self, x: Array) -> Array:
-        """(B, H, W, inputs) -> logits (B, classes)."""
-        return self.fc(mean(self.conv1(self.conv0(average_pool(x, 5, 3)))))
-
 
 class InceptionV3(nnx.Module):
-    """A stem of five convolutions, eleven blocks. `auxiliary`: with the head only training uses."""
+    """A stem of five convolutions, eleven blocks."""
 
-    def __init__(self, *, auxiliary: bool = True, classes: int = 1000, rngs: nnx.Rngs) -> None:
+    def __init__(self, *, classes: int = 1000, rngs: nnx.Rngs) -> None:
         conv = functools.partial(basic_conv, rngs=rngs)
         self.Conv2d_1a_3x3 = conv(3, 32, 3, stride=2)
         self.Conv2d_2a_3x3 = conv(32, 32, 3)
@@ -169,8 +165,7 @@ class InceptionV3(nnx.Module):
         self.Mixed_6c = InceptionC(768, 160, rngs=rngs)
         self.Mixed_6d = InceptionC(768, 160, rngs=rngs)
         self.Mixed_6e = InceptionC(768, 192, rngs=rngs)
-        if auxiliary:
-            self.AuxLogits = Auxiliary(768, classes, rngs=rngs)
+        self.AuxLogits = Auxiliary(768, classes, rngs=rngs)
         self.Mixed_7a = InceptionD(768, rngs=rngs)
         self.Mixed_7b = InceptionE(1280, rngs=rngs)
         self.Mixed_7c = InceptionE(2048, rngs=rngs)
