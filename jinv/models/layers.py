@@ -186,6 +186,21 @@ def conv_norm(
     return Sequential(conv, norm(outputs), *([activation] if activation else []))
 
 
+def stage(
+    block: Callable[..., nnx.Module], inputs: int, outputs: int, depth: int, stride: int
+) -> list[nnx.Module]:
+    """Return equal blocks, the first of which changes the channels and has the stride.
+
+    Args:
+      block: `block(inputs, outputs, stride=...)` makes one.
+      inputs, outputs: channels.
+      depth: number of blocks.
+      stride: of the first.
+    """
+    first = block(inputs, outputs, stride=stride)
+    return [first, *(block(outputs, outputs, stride=1) for _ in range(depth - 1))]
+
+
 class SqueezeExcitation(nnx.Module):
     """Weigh channels by what a bottleneck makes of their means (arXiv 1709.01507)."""
 
@@ -341,20 +356,21 @@ def average_pool(x: Array, window: int, stride: int, padding: int = 0) -> Array:
     if padding:
         x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     for axis in (2, 1):
-        count = (x.shape[axis] - window) // stride + 1
-        last = (count - 1) * stride + 1
-        parts = [jax.lax.slice_in_dim(x, i, i + last, stride, axis) for i in range(window)]
-        x = functools.reduce(operator.add, parts)
+        x = functools.reduce(operator.add, _shifted(x, window, stride, axis))
     return x / window**2
 
 
 def _running_maximum(x: Array, window: int, stride: int, axis: int) -> Array:
-    count = (x.shape[axis] - window) // stride + 1
-    best = jax.lax.slice_in_dim(x, 0, (count - 1) * stride + 1, stride, axis)
-    for i in range(1, window):
-        part = jax.lax.slice_in_dim(x, i, i + (count - 1) * stride + 1, stride, axis)
+    best, *others = _shifted(x, window, stride, axis)
+    for part in others:
         best = jnp.where((part > best) | jnp.isnan(part), part, best)
     return best
+
+
+def _shifted(x: Array, window: int, stride: int, axis: int) -> list[Array]:
+    """For each place in a window, what all windows have there."""
+    last = (x.shape[axis] - window) // stride * stride + 1
+    return [jax.lax.slice_in_dim(x, i, i + last, stride, axis) for i in range(window)]
 
 
 def adaptive_average_pool(x: Array, size: int) -> Array:

@@ -17,6 +17,7 @@ from jinv.models.layers import (
     dropout,
     mean,
     round_channels,
+    stage,
 )
 
 # kernel, stride of the first, expansion, channels, repeats
@@ -81,21 +82,13 @@ class MNASNet(nnx.Module):
             conv(stem, inputs, 1),
             _norm(inputs),
         ]
-        for kernel, first_stride, expansion, channels, repeats in STACKS:
-            blocks, outputs = [], round_channels(channels * width)
-            for i in range(repeats):
-                blocks.append(
-                    InvertedResidual(
-                        inputs,
-                        outputs,
-                        kernel=kernel,
-                        stride=first_stride if i == 0 else 1,
-                        expansion=expansion,
-                        rngs=rngs,
-                    )
-                )
-                inputs = outputs
-            layers.append(Sequential(*blocks))
+        for kernel, stride, expansion, channels, repeats in STACKS:
+            block = functools.partial(
+                InvertedResidual, kernel=kernel, expansion=expansion, rngs=rngs
+            )
+            outputs = round_channels(channels * width)
+            layers.append(Sequential(*stage(block, inputs, outputs, repeats, stride)))
+            inputs = outputs
         self.layers = Sequential(*layers, conv(inputs, 1280, 1), _norm(1280), jax.nn.relu)
         self.classifier = Sequential(dropout(0.2), Linear(1280, classes, rngs=rngs))
 

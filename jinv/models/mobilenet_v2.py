@@ -16,6 +16,7 @@ from jinv.models.layers import (
     dropout,
     mean,
     relu6,
+    stage,
 )
 
 # expansion, channels, repeats, stride of the first
@@ -59,15 +60,10 @@ class MobileNetV2(nnx.Module):
         activated = functools.partial(conv_norm, activation=relu6, rngs=rngs)
         features: list[nnx.Module] = [activated(3, 32, 3, stride=2)]
         inputs = 32
-        for expansion, channels, repeats, first_stride in STAGES:
-            for i in range(repeats):
-                stride = first_stride if i == 0 else 1
-                features.append(
-                    InvertedResidual(
-                        inputs, channels, stride=stride, expansion=expansion, rngs=rngs
-                    )
-                )
-                inputs = channels
+        for expansion, channels, repeats, stride in STAGES:
+            block = functools.partial(InvertedResidual, expansion=expansion, rngs=rngs)
+            features += stage(block, inputs, channels, repeats, stride)
+            inputs = channels
         self.features = Sequential(*features, activated(inputs, 1280, 1))
         self.classifier = Sequential(dropout(0.2), Linear(1280, classes, rngs=rngs))
 

@@ -21,6 +21,7 @@ from jinv.models.layers import (
     mean,
     redraw,
     round_channels,
+    stage,
 )
 
 STEM = 32
@@ -96,18 +97,10 @@ class RegNet(nnx.Module):
         for number, (wanted, count) in enumerate(widths(depth, initial, slope, step), 1):
             each = min(group, wanted)
             outputs = round_channels(wanted, each)
-            blocks = {}
-            for i in range(count):
-                blocks[f"block{number}-{i}"] = Block(
-                    inputs,
-                    outputs,
-                    stride=1 if i else 2,
-                    group=each,
-                    squeezes=squeezes,
-                    rngs=rngs,
-                )
-                inputs = outputs
-            stages[f"block{number}"] = Named(**blocks)
+            block = functools.partial(Block, group=each, squeezes=squeezes, rngs=rngs)
+            blocks = enumerate(stage(block, inputs, outputs, count, 2))
+            stages[f"block{number}"] = Named(**{f"block{number}-{i}": b for i, b in blocks})
+            inputs = outputs
         self.trunk_output = Named(**stages)
         self.fc = Linear(inputs, classes, rngs=rngs)
         redraw(self, rngs, linear=jax.nn.initializers.normal(0.01))

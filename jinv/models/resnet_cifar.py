@@ -7,6 +7,7 @@ DeepInversion's CIFAR experiments load). With `projection=False` it is the ResNe
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jinv.models.layers import BatchNorm2d, Conv2d, Linear, Sequential
+from jinv.models.layers import BatchNorm2d, Conv2d, Linear, Sequential, conv_norm, mean, stage
 
 
 class Block(nnx.Module):
@@ -27,10 +28,9 @@ class Block(nnx.Module):
         self.bn1 = BatchNorm2d(width)
         self.conv2 = Conv2d(width, width, 3, padding=1, rngs=rngs)
         self.bn2 = BatchNorm2d(width)
-        layers: list[nnx.Module] = []
+        self.shortcut = Sequential()
         if projection and (stride > 1 or inputs != width):
-            layers = [Conv2d(inputs, width, 1, stride=stride, rngs=rngs), BatchNorm2d(width)]
-        self.shortcut = Sequential(*layers)
+            self.shortcut = conv_norm(inputs, width, 1, stride=stride, rngs=rngs)
         self.stride = stride
         self.new_channels = 0 if projection else width - inputs
 
@@ -62,18 +62,16 @@ class ResNet(nnx.Module):
         self.bn1 = BatchNorm2d(widths[0])
         inputs = widths[0]
         self.stages = len(depths)
-        for stage, (depth, width) in enumerate(zip(depths, widths, strict=True)):
-            blocks = []
-            for i in range(depth):
-                stride = 2 if stage > 0 and i == 0 else 1
-                blocks.append(Block(inputs, width, stride=stride, projection=projection, rngs=rngs))
-                inputs = width
-            setattr(self, f"layer{stage + 1}", Sequential(*blocks))
+        block = functools.partial(Block, projection=projection, rngs=rngs)
+        for number, (depth, width) in enumerate(zip(depths, widths, strict=True), 1):
+            blocks = stage(block, inputs, width, depth, 1 if number == 1 else 2)
+            setattr(self, f"layer{number}", Sequential(*blocks))
+            inputs = width
         self.linear = Linear(inputs, classes, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         """(B, H, W, 3) -> logits (B, classes)."""
         x = jax.nn.relu(self.bn1(self.conv1(x)))
-        for stage in range(self.stages):
-            x = getattr(self, f"layer{stage + 1}")(x)
-        return self.linear(x.mean((1, 2)))
+        for number in range(1, self.stages + 1):
+            x = getattr(self, f"layer{number}")(x)
+        return self.linear(mean(x))

@@ -10,7 +10,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jinv.models.layers import BatchNorm2d, Conv2d, Linear, Sequential, conv_norm, max_pool, mean
+from jinv.models.layers import (
+    BatchNorm2d,
+    Conv2d,
+    Linear,
+    Sequential,
+    conv_norm,
+    max_pool,
+    mean,
+    stage,
+)
 
 DEPTHS = (4, 8, 4)
 
@@ -67,11 +76,9 @@ class ShuffleNetV2(nnx.Module):
         self.conv1 = activated(3, 24, stride=2)
         inputs = 24
         for number, (depth, width) in enumerate(zip(DEPTHS, widths, strict=True), 2):
-            blocks = []
-            for i in range(depth):
-                blocks.append(InvertedResidual(inputs, width, stride=1 if i else 2, rngs=rngs))
-                inputs = width
-            setattr(self, f"stage{number}", Sequential(*blocks))
+            block = functools.partial(InvertedResidual, rngs=rngs)
+            setattr(self, f"stage{number}", Sequential(*stage(block, inputs, width, depth, 2)))
+            inputs = width
         self.conv5 = activated(inputs, last, 1)
         self.fc = Linear(last, classes, rngs=rngs)
 
