@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from jinv import models
+from weights_convert import BUFFERS
 
 FILE = Path(__file__).resolve().parents[1] / "docs" / "networks.md"
 BEGIN, END = "<!-- table: scripts/network_table.py -->\n", "<!-- end of the table -->\n"
-BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "relative_position_index")
 UNKNOWN = "not yet"
 
 

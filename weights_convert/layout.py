@@ -21,6 +21,8 @@ Tree = Mapping[Any, Any]
 Leaves = Mapping[str, tuple[Path, Any]]
 
 SHOWN = 10  # names of a list in an error message; the others are counted
+# Last names of what training does not change.
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "relative_position_index")
 _COUNTER = "num_batches_tracked"  # absent from files of torch < 0.4.1; an int64 in torch
 _TO_FLAX = {4: (2, 3, 1, 0), 2: (1, 0)}
 _WIDENED = {"int32": np.int64, "bfloat16": np.float32}

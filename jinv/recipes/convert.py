@@ -40,9 +40,8 @@ import numpy as np
 from jinv import files
 from jinv.files import sha256, write_atomic
 from jinv.runs.command import described
-from weights_convert import WeightsError, from_flax, naming, read, to_flax, write
+from weights_convert import BUFFERS, WeightsError, from_flax, naming, read, to_flax, write
 
-BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "relative_position_index")
 TIMM = "timm's"
 TORCH, SAFETENSORS = (".pth.tar", ".pth", ".pt", ".bin", ".ckpt"), (".safetensors",)
 
