@@ -362,8 +362,10 @@ def load(
 
 def _published(name: str, path: str | Path) -> published.Published | None:
     """Which published weights of the network a file is; None if it is none."""
+    if name not in _ZOO:  # a user's own network may be like one of torchvision's
+        return None
     found = published.of(path)
-    if found is None or name not in _ZOO:  # a user's own network may be like one of torchvision's
+    if found is None:
         return None
     what = f"{path} is the published file of {found.network} ({found.member})"
     if found.network != name:
