@@ -370,12 +370,12 @@ def draws(model: nnx.Module) -> list[Any]:
 
 # --- Flax Linen: calls are intercepted -----------------------------------------------------------
 
-_OFF = (
+_MEANS = ((linen.BatchNorm, "axis_name", None),)
+_DROPOUT = (
     (linen.Dropout, "rate", 0.0),
     (linen.MultiHeadDotProductAttention, "dropout_rate", 0.0),
-    (linen.BatchNorm, "axis_name", None),
 )
-"""Kinds of Linen layers and what switches off their dropout and their means over devices."""
+"""Kinds of Linen layers, and what switches off their means over devices, or their dropout."""
 
 
 def intercept(
@@ -396,8 +396,8 @@ def intercept(
     module = context.module
     if context.method_name != "__call__":
         return method(*args, **kwargs)
-    for kind, field, value in _OFF:
-        if isinstance(module, kind) and not (record.drops and value == 0):
+    for kind, field, value in _MEANS if record.drops else _MEANS + _DROPOUT:
+        if isinstance(module, kind):
             object.__setattr__(module, field, value)  # of a copy that lives for one `apply`
     layer = _linen_layer(record.name, module, variables)
     if layer is None:

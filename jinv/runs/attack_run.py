@@ -124,7 +124,6 @@ def run(
             folder.save_logs()
         background.wait()
         if stopping():
-            # It may have come to another process.
             folder.interrupted = stopping.number
         if folder.interrupted and not callback.ended:
             callback.save()  # the signal may have come after the callback
