@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from PIL import Image
 
 from jinv import checks
@@ -299,9 +299,10 @@ def clip(images: Array, preprocessing: Preprocessing) -> Array:
     return jnp.clip(images, _like(preprocessing.black, images), _like(preprocessing.white, images))
 
 
-def jitter(key: Array, images: Array, limit: int) -> Array:
-    """Roll the whole batch by one uniform integer shift in [-limit, limit] per axis."""
-    shift = jax.random.randint(key, (2,), -limit, limit + 1)
+def jitter(key: Array, images: Array, limit: int | tuple[int, int]) -> Array:
+    """Roll the whole batch by one integer an axis, uniform in [-limit, limit] or [low, high]."""
+    low, high = (-limit, limit) if isinstance(limit, int) else limit
+    shift = jax.random.randint(key, (2,), low, high + 1)
     return jnp.roll(images, shift, axis=(1, 2))
 
 
@@ -315,6 +316,69 @@ def random_crop(key: Array, images: Array, margin: int) -> Array:
     padded = jnp.pad(images, ((0, 0), (margin, margin), (margin, margin), (0, 0)))
     top, left = jax.random.randint(key, (2,), 0, 2 * margin + 1)
     return jax.lax.dynamic_slice(padded, (0, top, left, 0), images.shape)
+
+
+_ATTEMPTS = 10
+"""Boxes that are tried before the largest centred one is taken, as in torchvision."""
+
+
+def random_box(
+    key: Array,
+    size: tuple[int, int],
+    scale: tuple[ArrayLike, ArrayLike],
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Array:
+    """Draw a box (top, left, height, width) in whole pixels, as torchvision's RandomResizedCrop.
+
+    Args:
+      key: of the box.
+      size: height and width of the image.
+      scale: least and greatest share of the image's area, uniform between them.
+      ratio: least and greatest width / height, uniform between their logarithms.
+    """
+    height, width = size
+    area_key, ratio_key, place_key = jax.random.split(key, 3)
+    low, high = scale
+    area = height * width * jax.random.uniform(area_key, (_ATTEMPTS,), minval=low, maxval=high)
+    logs = np.log(ratio)
+    wide = jnp.exp(jax.random.uniform(ratio_key, (_ATTEMPTS,), minval=logs[0], maxval=logs[1]))
+    sides = jnp.rint(jnp.sqrt(jnp.stack([area / wide, area * wide]))).astype(jnp.int32)
+    fits = (sides > 0).all(0) & (sides[0] <= height) & (sides[1] <= width)
+    usual = np.clip(width / height, *ratio)
+    whole = (min(height, round(width / usual)), min(width, round(height * usual)))
+    box = jnp.where(fits.any(), sides[:, jnp.argmax(fits)], jnp.array(whole))
+    free = jnp.array(size) - box
+    place = jax.random.randint(place_key, (2,), 0, free + 1)
+    return jnp.concatenate([jnp.where(fits.any(), place, free // 2), box])
+
+
+def resized_crop(images: Array, boxes: Array, size: int | Sequence[int] | None = None) -> Array:
+    """Cut a box out of each image (B, H, W, C) and resample it bilinearly; antialiased.
+
+    Equal to cropping and then resizing: no pixel outside of a box counts. Two products with small
+    matrices do it, so that one program serves all boxes.
+
+    Args:
+      images: floats.
+      boxes: (top, left, height, width) in pixels, (4,) of all images or (B, 4).
+      size: of the result, one side or height and width; the images' own by default.
+    """
+    height, width = images.shape[1:3] if size is None else sides(size)
+    boxes = jnp.broadcast_to(boxes, (len(images), 4))
+    rows = jax.vmap(_taps, (0, 0, None, None))(boxes[:, 0], boxes[:, 2], height, images.shape[1])
+    columns = jax.vmap(_taps, (0, 0, None, None))(boxes[:, 1], boxes[:, 3], width, images.shape[2])
+    tall = jnp.einsum("byh,bhwc->bywc", rows, images, precision=jax.lax.Precision.HIGHEST)
+    return jnp.einsum("bxw,bywc->byxc", columns, tall, precision=jax.lax.Precision.HIGHEST)
+
+
+def _taps(start: Array, length: Array, count: int, of: int) -> Array:
+    """Return the weights (count, of) of pixels from `start` on in `count` samples of `length`."""
+    scale = length / count
+    at = (jnp.arange(count) + 0.5) * scale - 0.5
+    pixel = jnp.arange(of) - start
+    weights = jnp.maximum(0, 1 - jnp.abs(at[:, None] - pixel) / jnp.maximum(scale, 1))
+    weights = jnp.where((pixel >= 0) & (pixel < length), weights, 0)
+    return weights / weights.sum(1, keepdims=True)
 
 
 def downscale(images: Array, factor: int) -> Array:

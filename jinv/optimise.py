@@ -53,6 +53,8 @@ Losses under two memories do not compare, so a new one begins the search for the
 
 Project = Callable[[Images], Images]
 
+Keep = Literal["best", "last"]
+
 
 class State(NamedTuple):
     """What the next step needs.
@@ -62,7 +64,8 @@ class State(NamedTuple):
         arrays (G, ...), such as images with their labels.
       optimizer: optax state.
       step: steps done since the run began, over all phases.
-      best_images: the images that had the lowest loss of this phase.
+      best_images: the images that had the lowest loss of this phase; or the last ones, see
+        `make_step`.
       best_loss: their loss, () or (G,): every candidate has its own best images.
       reference_loss: the loss that early stopping last counted as progress.
       stale: steps since then.
@@ -179,6 +182,7 @@ def make_step(
     noise: Callable[[Array], Array] | None = None,
     remember: Remember | None = None,
     line_search: bool = False,
+    keep: Keep = "best",
 ) -> Step:
     """One gradient step on images.
 
@@ -194,6 +198,8 @@ def make_step(
       remember: keeps a memory from step to step; the loss gets `Remembered` data.
       line_search: the optimizer is one of `each_candidate`; it is also told every candidate's loss
         as `values`, and how to find these at other images as `values_fn`.
+      keep: which images a phase leaves: the "best", or the "last". Where what the loss sees is
+        drawn anew in every step, its lowest value tells of a lucky draw.
     """
     optimizer = optax.with_extra_args_support(optimizer)
 
@@ -215,13 +221,16 @@ def make_step(
         if noise is not None:
             kick = optax.tree.random_like(jax.random.fold_in(key, 1), images)
             images = optax.tree.add_scale(images, noise(state.step), kick)
-        better = jnp.isfinite(losses) & (losses < best_loss)
+        images = project(images)
+        finite = jnp.isfinite(losses)
+        better = finite & (losses < best_loss) if keep == "best" else finite
+        kept = state.images if keep == "best" else images
         progress = loss < _threshold(state.reference_loss, early_stop)
         new = State(
-            images=project(images),
+            images=images,
             optimizer=optimizer_state,
             step=state.step + 1,
-            best_images=_where(better, state.images, state.best_images),
+            best_images=_where(better, kept, state.best_images),
             best_loss=jnp.where(better, losses, best_loss),
             reference_loss=jnp.where(progress, loss, state.reference_loss),
             stale=jnp.where(progress, 0, state.stale + 1),

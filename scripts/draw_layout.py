@@ -32,7 +32,17 @@ ORDER = (
     ),
     *("calls", "watch", "net", "data", "optimise", "schedules", "models", "objective"),
     *("training", "federated"),
-    *("attacks", "scores", "reports", "runs", "shadow", "reconstruct", "recipes", "__main__"),
+    *(
+        "attacks",
+        "scores",
+        "reports",
+        "runs",
+        "shadow",
+        "reconstruct",
+        "distill",
+        "recipes",
+        "__main__",
+    ),
 )
 """The rooms from the lowest on: each may import those before it."""
 

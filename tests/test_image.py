@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
@@ -652,3 +653,67 @@ def test_stack_square_is_normalised_crops() -> None:
     for one, picture in zip(found, pictures, strict=True):
         pixels = image.centre_crop(picture, LITE)
         np.testing.assert_allclose(one, (255 * pixels - 127) / 128, atol=1e-5)
+
+
+# --- boxes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(20, 30), (9, 7)])
+def test_resized_crop_equals_torchvisions(size: tuple[int, int]) -> None:
+    """Enlarged and shrunk, at edges and inside, every image with a box of its own."""
+    pytest.importorskip("torchvision")
+    import torch
+    from torchvision.transforms.v2 import functional
+
+    images = random((4, 16, 24, 3))
+    boxes = np.array([[0, 0, 16, 24], [3, 5, 7, 11], [15, 23, 1, 1], [0, 12, 16, 12]])
+    found = image.resized_crop(jnp.asarray(images), jnp.asarray(boxes), size)
+    for ours, picture, box in zip(found, images, boxes, strict=True):
+        channels = torch.from_numpy(picture.transpose(2, 0, 1).copy())
+        theirs = functional.resized_crop(channels, *map(int, box), list(size), antialias=True)
+        np.testing.assert_allclose(ours, theirs.numpy().transpose(1, 2, 0), atol=2e-6)
+    shared = image.resized_crop(jnp.asarray(images), jnp.asarray(boxes[1]), size)
+    np.testing.assert_array_equal(shared[1], found[1])
+
+
+def boxes_of(size: tuple[int, int], scale: tuple[float, float], count: int = 4000) -> np.ndarray:
+    draw = functools.partial(image.random_box, size=size, scale=scale)
+    return np.asarray(jax.jit(jax.vmap(draw))(keys(count)))
+
+
+def test_random_boxes_are_distributed_as_torchvisions() -> None:
+    """Mean and spread of every side and corner, within four standard errors."""
+    pytest.importorskip("torchvision")
+    import torch
+    from torchvision.transforms import RandomResizedCrop
+
+    size, scale = (24, 40), (0.08, 1.0)
+    ours = boxes_of(size, scale)
+    torch.manual_seed(0)
+    blank = torch.zeros(1, *size)
+    draw = [RandomResizedCrop.get_params(blank, scale, (3 / 4, 4 / 3)) for _ in range(4000)]
+    theirs = np.array(draw)
+    assert (ours[:, :2] >= 0).all()
+    assert (ours[:, 2:] >= 1).all()
+    assert (ours[:, :2] + ours[:, 2:] <= size).all()
+    error = np.sqrt(2 / len(ours)) * theirs.std(0)
+    assert (np.abs(ours.mean(0) - theirs.mean(0)) < 4 * error).all()
+    assert (np.abs(ours.std(0) - theirs.std(0)) < 4 * error).all()
+
+
+@pytest.mark.parametrize(("size", "whole"), [((8, 100), (0, 44, 8, 11)), ((90, 9), (39, 0, 12, 9))])
+def test_where_no_box_fits_the_largest_centred_one_is_taken(size: Any, whole: Any) -> None:
+    assert boxes_of(size, (1.0, 1.0), 3).tolist() == [[*whole]] * 3
+
+
+def test_the_whole_image_is_a_box() -> None:
+    """Of a square, nothing else has all of its area and fits."""
+    draw = functools.partial(image.random_box, size=(12, 12), scale=(1.0, 1.0), ratio=(1.0, 1.0))
+    assert np.asarray(jax.vmap(draw)(keys(5))).tolist() == [[0, 0, 12, 12]] * 5
+
+
+def test_jitter_between_two_shifts() -> None:
+    picture = random((1, 9, 9, 1))
+    rolled = [np.asarray(image.jitter(key, jnp.asarray(picture), (0, 2))) for key in keys(60)]
+    shifts = {shift_of(one, picture, 4) for one in rolled}
+    assert shifts == {(y, x) for y in range(3) for x in range(3)}

@@ -8,6 +8,8 @@ pushed to where the two disagree. Several networks may share the objective: see 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple
@@ -17,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array, lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
+from jax.typing import ArrayLike
 
 from jinv import backend, calls, checks, image, optimise, parallel, schedules
 from jinv.checks import Count, Natural, NotNegative, Positive, PositiveShare, Share, Some
@@ -50,6 +53,34 @@ _TAKEN = ("loss", "label", "batch_norm", "adaptive", "step", "phase")
 
 
 @dataclasses.dataclass(frozen=True)
+class Crop:
+    """A random part of the images that a step sees, enlarged to their size.
+
+    Attributes:
+      scale: least and greatest share of the area.
+      ratio: least and greatest width / height.
+      easy_to_hard: the least share falls from the greatest one to its value with a cosine over the
+        phase (CDA).
+      per_image: every image has a part of its own; else one draw counts for the batch, as
+        published.
+    """
+
+    scale: tuple[PositiveShare, PositiveShare] = (0.08, 1.0)
+    ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
+    easy_to_hard: bool = False
+    per_image: bool = False
+
+    def __post_init__(self) -> None:
+        checks.fields(self)
+        for name in ("scale", "ratio"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise checks.FieldError(
+                    name, f" must be the least and the greatest, not {low, high}"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
 class Phase:
     """Steps at one resolution.
 
@@ -57,19 +88,23 @@ class Phase:
       steps: number of steps; the optimizer and its schedule start anew with each phase.
       downscale: the networks see images smaller by this factor.
       jitter: largest shift in pixels of what the networks see; each axis is rolled by a
-        uniform integer in [-jitter, jitter].
+        uniform integer in [-jitter, jitter]. Two numbers are the least and the largest shift.
       tv_l2: weight of TV_2 in this phase, if another than the config's.
       lr: learning rate of this phase, if another than the config's.
     """
 
     steps: Count
     downscale: Count = 1
-    jitter: Natural = 30
+    jitter: Natural | tuple[int, int] = 30
     tv_l2: NotNegative | None = None
     lr: Positive | None = None
 
     def __post_init__(self) -> None:
         checks.fields(self)
+        if isinstance(self.jitter, tuple) and self.jitter[0] > self.jitter[1]:
+            raise checks.FieldError(
+                "jitter", f" must be the least and the largest shift, not {self.jitter}"
+            )
 
 
 _FAST_ADAM = {"b1": 0.5, "b2": 0.9, "eps": 1e-8}
@@ -107,7 +142,10 @@ class Config:
       l2: weight of the mean norm of the images.
       adaptive: weight of R_adi; needs a competitor.
       adaptive_temperature: of the two softmaxes that R_adi compares.
+      crop: what part of the images a step sees; all of them by default.
       flip: probability of mirroring the batch in a step.
+      keep: which images are the result: the "best", those of the lowest loss in the last phase; or
+        the "last", which is better with `crop`, where the lowest loss tells of a lucky part.
       clip: clip each channel to the range of valid pixels after each step.
       init_std: standard deviation of the initial noise, in normalised units.
     """
@@ -134,7 +172,9 @@ class Config:
     l2: NotNegative = 1e-5
     adaptive: NotNegative = 0.0
     adaptive_temperature: Positive = 3.0
+    crop: Crop | None = None
     flip: Share = 0.5
+    keep: optimise.Keep = "best"
     clip: bool = True
     init_std: NotNegative = 1.0
 
@@ -227,6 +267,27 @@ class Attack:
         data = self.data._replace(targets=_laid(self.placement, array))
         return dataclasses.replace(self, data=data)
 
+    def with_competitor(self, variables: Any) -> Attack:
+        """Let the same program compete with the same network of other weights.
+
+        Args:
+          variables: of the competitor.
+
+        Raises:
+          ValueError: there is none, or the networks are spread over the devices.
+        """
+        if self.placement.kind != "data":
+            raise ValueError(
+                "a competitor that changes needs every network on every device: "
+                "execution.placement 'data'"
+            )
+        first, *others = self.data.networks
+        if first.rival is None:
+            raise ValueError("the attack was built without a competitor")
+        laid = parallel.put(self.mesh, PartitionSpec(), variables)
+        data = self.data._replace(networks=(first._replace(rival=laid), *others))
+        return dataclasses.replace(self, data=data)
+
 
 def build(
     config: Config,
@@ -291,14 +352,26 @@ def build(
         noise = config.init_std * jax.random.normal(key, canvas.optimised(config, config.phases[0]))
         return _laid(placement, noise)
 
+    starts = itertools.accumulate((phase.steps for phase in config.phases), initial=0)
     return Attack(
-        tuple(_phase(config, phase, canvas, extra_terms, evaluate) for phase in config.phases),
+        tuple(
+            _phase(config, phase, start, canvas, extra_terms, evaluate)
+            for phase, start in zip(config.phases, starts, strict=False)
+        ),
         Data(networks, _laid(placement, array)),
         space,
         initial,
         placement,
         tuple(members),
     )
+
+
+class _Variables(NamedTuple):
+    """What the terms of one network read."""
+
+    own: Any
+    rival: Any
+    class_moments: Any
 
 
 class _Canvas(NamedTuple):
@@ -353,7 +426,8 @@ def _parts(
     for i, member in enumerate(members):
         rival = competitor if i == 0 else None
         terms, weights = _terms(config, member, rival, reference, canvas.space, dtype, execution)
-        variables = (member.net.variables, None if rival is None else rival.variables)
+        rivals = None if rival is None else rival.variables
+        variables = _Variables(member.net.variables, rivals, member.class_moments)
         example = (shapes[-1], classes)
         parts.append(ensemble.Part(member.net.name, terms, weights, variables, example))
         for shape in shapes:
@@ -364,19 +438,26 @@ def _parts(
 def _phase(
     config: Config,
     phase: Phase,
+    start: int,
     canvas: _Canvas,
     extra_terms: ExtraTerms,
     evaluate: ensemble.Evaluate,
 ) -> optimise.Phase:
-    """Make one phase of the program."""
+    """Make one phase of the program, which begins after `start` steps."""
     tv_l2 = config.tv_l2 if phase.tv_l2 is None else phase.tv_l2
     weights = {"tv_l2": tv_l2, "tv_l1": config.tv_l1, "l2": config.l2}
     terms = image_terms(weights, extra_terms, [canvas.seen(phase)], _TAKEN)
     optimizer = make_optimizer(config, phase)
     resolution = canvas.optimised(config, phase)[1:3]
 
+    harder = config.crop is not None and config.crop.easy_to_hard
+
     def enter(images: Array, step: Any) -> optimise.State:
-        return optimise.init(image.resize(images, resolution), optimizer, step)
+        memory = jnp.zeros(()) if harder else ()
+        return optimise.init(image.resize(images, resolution), optimizer, step, memory=memory)
+
+    def progress(step: Array, images: Array, memory: Array) -> tuple[Array, Array]:
+        return jnp.float32((step - start) / phase.steps), jnp.zeros((), bool)
 
     def project(images: Array) -> Array:
         return image.clip(images, canvas.space) if config.clip else images
@@ -390,7 +471,14 @@ def _phase(
         f"{height} x {width} px",
         phase.steps,
         enter,
-        optimise.make_step(loss, optimizer, project=project, early_stop=stop),
+        optimise.make_step(
+            loss,
+            optimizer,
+            project=project,
+            early_stop=stop,
+            remember=progress if harder else None,
+            keep=config.keep,
+        ),
         cost=1 / phase.downscale**2,
     )
 
@@ -403,7 +491,7 @@ def _terms(
     space: Preprocessing,
     dtype: jnp.dtype,
     execution: ensemble.Execution,
-) -> tuple[Callable[[Any, Array, Array], dict[str, Array]], dict[str, float]]:
+) -> tuple[Callable[[_Variables, Array, Array], dict[str, Array]], dict[str, float]]:
     """Make one network's terms, R_adi among them if it has a competitor, with their weights."""
     at_once = execution.images_at_once or 0
 
@@ -420,10 +508,12 @@ def _terms(
                 apply = jax.checkpoint(apply, policy=_is_product)
             return (microbatch.in_turns(apply, at_once) if few else apply)(variables, inputs)
 
-    def terms(variables: tuple[Any, Any], images: Array, targets: Array) -> dict[str, Array]:
-        own, rival = variables
+    def terms(variables: _Variables, images: Array, targets: Array) -> dict[str, Array]:
+        own, rival, table = variables
         found = outputs(member.net, own, images)
-        values = network_terms(member, found, own, targets, config.label_loss, config.temperature)
+        values = network_terms(
+            member, found, own, targets, config.label_loss, config.temperature, table
+        )
         if competitor is not None:
             other = outputs(competitor, rival, images).logits
             temperature = config.adaptive_temperature
@@ -455,8 +545,11 @@ def _loss(
     """The objective of one phase as `(key, images, data) -> (loss, terms)`."""
     factor = phase.downscale if config.coarse == "pooled" else 1
 
-    def loss(key: Array, images: Array, data: Data) -> tuple[Array, dict[str, Array]]:
-        seen = augment(key, images, factor, phase.jitter, config.flip)
+    def loss(
+        key: Array, images: Array, told: Data | optimise.Remembered
+    ) -> tuple[Array, dict[str, Array]]:
+        data, progress = told if isinstance(told, optimise.Remembered) else (told, 1.0)
+        seen = augment(key, images, factor, phase.jitter, config.flip, config.crop, progress)
         total, values = evaluate(data.networks, seen, data.targets)
         for name, (weight, term) in terms.items():
             share = len(images) if name == "tv_l2" and config.tv_per_image else 1
@@ -467,23 +560,54 @@ def _loss(
     return loss
 
 
-def augment(key: Array, images: Array, downscale: int, jitter: int, flip: float) -> Array:
-    """Pool, roll and perhaps mirror the images into what the networks see in a step.
+def augment(
+    key: Array,
+    images: Array,
+    downscale: int,
+    jitter: int | tuple[int, int],
+    flip: float,
+    crop: Crop | None = None,
+    progress: ArrayLike = 1.0,
+) -> Array:
+    """Pool, crop, roll and perhaps mirror the images into what the networks see in a step.
 
     Args:
-      key: of the roll and the mirroring.
+      key: of everything random.
       images: (B, H, W, C).
       downscale: factor of the average pooling.
-      jitter: largest roll in pixels along each axis.
+      jitter: largest roll in pixels along each axis, or least and largest.
       flip: probability of mirroring the batch.
+      crop: which part is seen.
+      progress: share of the phase's steps that are done, for a crop that grows harder.
 
     Returns:
       (B, H / downscale, W / downscale, C).
     """
     shift_key, flip_key = jax.random.split(key)
     images = image.downscale(images, downscale) if downscale > 1 else images
+    if crop is not None:
+        images = _cropped(jax.random.fold_in(key, _CROPS), images, crop, progress)
     images = image.jitter(shift_key, images, jitter) if jitter else images
     return image.flip(flip_key, images, flip) if flip else images
+
+
+_CROPS = 2
+"""Number of the crop's key among a step's."""
+
+
+def _cropped(key: Array, images: Array, crop: Crop, progress: ArrayLike) -> Array:
+    least, greatest = crop.scale
+    low: ArrayLike = least
+    if crop.easy_to_hard:
+        low = least + (greatest - least) * (1 + jnp.cos(jnp.pi * progress)) / 2
+    keys = jax.random.split(key, len(images) if crop.per_image else 1)
+    draw = functools.partial(
+        image.random_box,
+        size=(images.shape[1], images.shape[2]),
+        scale=(low, greatest),
+        ratio=crop.ratio,
+    )
+    return image.resized_crop(images, jax.vmap(draw)(keys))
 
 
 def make_optimizer(config: Config, phase: Phase) -> optax.GradientTransformation:
@@ -577,6 +701,11 @@ def _checked_targets(targets: Array | Sequence[int], members: Sequence[Member]) 
                 f"targets run from {array.min()} to {array.max()}, but {member.net.name} has "
                 f"classes 0 to {member.net.classes - 1}"
             )
+        if member.class_moments is not None and array.min() != array.max():
+            raise ValueError(
+                f"the statistics of {member.net.name} are those of single classes: give one class "
+                "to all images of a batch"
+            )
     return jnp.asarray(array, jnp.int32)
 
 
@@ -613,6 +742,15 @@ def choose_targets(
     return [int(labels[i % len(labels)]) for i in range(count)]
 
 
+_CONDENSED = Config(
+    phases=(Phase(4000, jitter=(0, 32)),),
+    warmup=0,
+    tv_l2=0.0,
+    l2=0.0,
+    crop=Crop(),
+    keep="last",
+)
+
 _SLOW_ADAM = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
 
 PRESETS: dict[str, Config] = {
@@ -636,5 +774,13 @@ PRESETS: dict[str, Config] = {
         tv_l2=8e-3,
         tv_per_image=True,
     ),
+    "sre2l": _CONDENSED,
+    "sre2l_tiny_imagenet": dataclasses.replace(_CONDENSED, phases=(Phase(4000, jitter=4),), lr=0.1),
+    "sre2l_cifar100": dataclasses.replace(
+        _CONDENSED, phases=(Phase(1000, jitter=(0, 4)),), crop=None
+    ),
+    "cda": dataclasses.replace(_CONDENSED, crop=Crop(easy_to_hard=True)),
 }
-"""The authors' settings 0, 1, 2 and CIFAR-10's; the student re-implementation's."""
+"""The authors' settings 0, 1, 2 and CIFAR-10's; the student re-implementation's; those of dataset
+condensation: SRe2L (arXiv 2306.13092) for ImageNet, Tiny-ImageNet (whose network's `batch_norm`
+weighs 1) and CIFAR-100, and CDA (arXiv 2311.18838)."""

@@ -14,7 +14,7 @@ from jax import Array
 
 from jinv import checks
 from jinv.checks import NotNegative
-from jinv.net import Net, Outputs, check_net
+from jinv.net import Moments, Net, Outputs, check_net
 from jinv.objective import priors
 
 LabelLoss = Literal["cross_entropy", "target_logit"]
@@ -62,16 +62,31 @@ class Weights:
 class Member:
     """A network in the objective.
 
+    Attributes:
+      net: the network.
+      weights: how much its terms count.
+      class_moments: of every BatchNorm layer's input the moments (classes, channels) over images of
+        a class, see `jinv.distill.class_moments`. A batch is then of one class, and is compared to
+        these instead of the running statistics (LPLD, arXiv 2410.15919).
+
     Raises:
       ValueError: the net or the weights are something else.
     """
 
     net: Net
     weights: Weights = Weights()
+    class_moments: tuple[Moments, ...] | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         check_net("a Member's net", self.net)
         check_kind("a Member's weights", self.weights, Weights)
+        if self.class_moments is not None:
+            wanted = [(self.net.classes, *m.mean.shape) for m in self.net.running_moments()]
+            found = [m.mean.shape for m in self.class_moments]
+            if found != wanted:
+                raise ValueError(
+                    f"class_moments of {self.net.name} need the shapes {wanted}, not {found}"
+                )
 
 
 def check_kind(what: str, value: object, kind: type, remedy: str = "") -> None:
@@ -151,6 +166,7 @@ def network_terms(
     targets: Array,
     kind: LabelLoss,
     temperature: float,
+    class_moments: Sequence[Moments] | None = None,
 ) -> dict[str, Array]:
     """Compute the raw values of the terms that one network adds.
 
@@ -161,14 +177,18 @@ def network_terms(
       targets: (B,) class indices.
       kind: of the label loss.
       temperature: of the cross-entropy.
+      class_moments: of the targets' one class, see `Member`.
     """
     terms, wanted = {}, term_weights(member)
     if "label" in wanted:
         terms["label"] = label_loss(outputs.logits, targets, kind, temperature)
     if "batch_norm" in wanted:
+        stored = member.net.running_moments(variables)
+        if class_moments is not None:
+            stored = jax.tree.map(lambda table: table[targets[0]], tuple(class_moments))
         terms["batch_norm"] = priors.batch_norm(
             outputs.moments,
-            member.net.running_moments(variables),
+            stored,
             first_multiplier=member.weights.first_bn_multiplier,
             weighting=member.weights.bn_weighting,
         )

@@ -17,9 +17,10 @@ from jax import Array
 import tiny
 from jinv import image, models, optimise
 from jinv.attacks import begin, deepinversion, gradient_inversion
-from jinv.attacks.deepinversion import Attack, Config, Phase
+from jinv.attacks.deepinversion import Attack, Config, Crop, Phase
 from jinv.image import Preprocessing
-from jinv.net import Net
+from jinv.net import Moments, Net
+from jinv.objective import priors
 from jinv.objective.ensemble import Execution
 from jinv.objective.terms import Member, Weights
 
@@ -828,6 +829,10 @@ def test_presets_are_the_published_settings() -> None:
         "setting2": (((20000, 1, 30),), slow, False, 0.25, 1e-4, 1e-5),
         "cifar10": (((2000, 1, 2),), slow, False, 0.05, 2.5e-5, 0.0),
         "student": (((20000, 1, 30),), fast, True, 0.2, 8e-3, 1e-5),
+        "sre2l": (((4000, 1, (0, 32)),), fast, True, 0.25, 0.0, 0.0),
+        "sre2l_tiny_imagenet": (((4000, 1, 4),), fast, True, 0.1, 0.0, 0.0),
+        "sre2l_cifar100": (((1000, 1, (0, 4)),), fast, True, 0.25, 0.0, 0.0),
+        "cda": (((4000, 1, (0, 32)),), fast, True, 0.25, 0.0, 0.0),
     }
     assert presets.keys() == told.keys()
     for name, expected in told.items():
@@ -836,9 +841,8 @@ def test_presets_are_the_published_settings() -> None:
         assert (phases, c.optimizer_args, c.clip, c.lr, c.tv_l2, c.l2) == expected, name
         assert c.optimizer == "adam"
         assert c.flip == 0.5
-        assert (c.schedule, c.warmup) == (
-            ("plateau", 0) if name == "student" else ("cosine", 100)
-        ), name
+        assert c.schedule == ("plateau" if name == "student" else "cosine"), name
+        assert c.warmup == (0 if name.startswith(("student", "sre2l", "cda")) else 100), name
     student = presets["student"]
     assert student.tv_per_image
     assert (student.early_stop, student.plateau_patience) == (15, 5)
@@ -901,7 +905,7 @@ def test_config_refuses(settings: dict[str, Any], message: str) -> None:
     [
         ({"steps": 0}, "steps must be a whole number of at least 1, not 0"),
         ({"steps": 1, "downscale": 0}, "downscale must be a whole number of at least 1, not 0"),
-        ({"steps": 1, "jitter": -1}, "jitter must be a whole number of at least 0, not -1"),
+        ({"steps": 1, "jitter": -1}, "jitter must be a whole number of at least 0 or 2 whole"),
     ],
 )
 def test_phases_refuse(settings: dict[str, Any], message: str) -> None:
@@ -1099,6 +1103,124 @@ def test_other_targets_run_the_same_program() -> None:
         attack.with_targets([5, 1])
     with pytest.raises(ValueError, match="from 1 to 7, but tiny has classes 0 to 6"):
         attack.with_targets([5, 1, 7])
+
+
+# --- what condensation asks for -------------------------------------------------------------------
+
+
+def loss_of(config: Config, images: Array, step: int = 0, **settings: Any) -> float:
+    attack = attack_of(config, **settings)
+    state = attack.phases[0].enter(images, step)
+    _, info = jax.jit(attack.phases[0].step)(KEY, state, attack.data)
+    return float(info.loss)
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+def test_a_step_sees_a_part_of_the_images(per_image: bool) -> None:
+    """The loss is that of the images cut by hand, each by its box or all by one."""
+    crop = Crop(scale=(0.2, 0.5), per_image=per_image)
+    plain = Config(phases=(Phase(1, jitter=0),), flip=0.0, tv_l2=0.0, l2=0.0, **READABLE)
+    images = attack_of(plain).initial(KEY)
+    key = jax.random.fold_in(KEY, 0)
+    parts = deepinversion.augment(key, images, 1, 0, 0.0, crop)
+    draws = jax.random.split(jax.random.fold_in(key, 2), 3 if per_image else 1)
+    boxes = [image.random_box(draw, (16, 16), crop.scale) for draw in draws]
+    for i, part in enumerate(parts):
+        box = boxes[i % len(boxes)]
+        assert 0.15 * 256 < box[2] * box[3] < 0.55 * 256
+        alone = image.resized_crop(images[i : i + 1], box)[0]
+        np.testing.assert_allclose(part, alone, atol=1e-6)
+    cropped = loss_of(dataclasses.replace(plain, crop=crop), images)
+    np.testing.assert_allclose(cropped, loss_of(plain, jnp.asarray(parts)), rtol=1e-5)
+
+
+def test_crops_grow_harder() -> None:
+    """The least share is all of the image first, and `scale[0]` at the end of the phase."""
+    crop = Crop(scale=(0.1, 1.0), ratio=(1.0, 1.0), easy_to_hard=True)
+    plain = Config(phases=(Phase(3, jitter=0), Phase(4, jitter=0)), flip=0.0, **READABLE)
+    config = dataclasses.replace(plain, crop=crop)
+    images = attack_of(plain).initial(KEY)
+    assert loss_of(config, images) == pytest.approx(loss_of(plain, images), rel=1e-6)
+
+    def seen(progress: float) -> Array:
+        return deepinversion.augment(KEY, images, 1, 0, 0.0, crop, progress)
+
+    np.testing.assert_allclose(seen(0.0), images, atol=1e-6)
+    fixed = dataclasses.replace(crop, scale=(0.55, 1.0), easy_to_hard=False)
+    half = deepinversion.augment(KEY, images, 1, 0, 0.0, fixed)
+    np.testing.assert_allclose(seen(0.5), half, atol=1e-6)
+
+    state, _ = tiny.run(attack_of(config))
+    assert float(state.memory) == pytest.approx(3 / 4)
+
+
+def test_the_last_images_are_kept() -> None:
+    config = Config(phases=(Phase(6, jitter=1),), warmup=0, lr=3.0)
+    best, _ = tiny.run(attack_of(config))
+    last, _ = tiny.run(attack_of(dataclasses.replace(config, keep="last")))
+    np.testing.assert_array_equal(last.images, best.images)
+    np.testing.assert_array_equal(last.best_images, last.images)
+    assert not np.array_equal(best.best_images, best.images)
+
+
+def test_statistics_of_a_class_take_the_place_of_running_ones() -> None:
+    net = tiny.network()
+    config = Config(phases=(Phase(1, jitter=0),), flip=0.0, **READABLE)
+    rng = np.random.default_rng(0)
+    tables = tuple(
+        Moments(*(jnp.asarray(rng.uniform(0.5, 2, (7, len(m.mean))), jnp.float32) for _ in "mv"))
+        for m in net.running_moments()
+    )
+    attack = attack_of(config, Member(net, WEIGHTS, tables), targets=[4, 4, 4])
+    images = attack.initial(KEY)
+    moments = net.apply(net.variables, images).moments
+    for aimed, target in ((attack, 4), (attack.with_targets([2, 2, 2]), 2)):
+        row = jax.tree.map(lambda table, target=target: table[target], tables)
+        wanted = priors.batch_norm(moments, row, first_multiplier=10)
+        _, terms, _ = loss_and_gradient(aimed, images)
+        np.testing.assert_allclose(terms["batch_norm"], wanted, rtol=1e-5)
+    with pytest.raises(ValueError, match="give one class to all images of a batch"):
+        attack.with_targets([4, 4, 2])
+    with pytest.raises(ValueError, match="class_moments of tiny need the shapes"):
+        Member(net, WEIGHTS, tables[:1])
+
+
+def test_a_competitor_may_change_without_compiling_again() -> None:
+    config = Config(phases=(Phase(2, jitter=1),), warmup=1, adaptive=2.0)
+    first, second = tiny.network(seed=2, name="rival"), tiny.network(seed=3, name="rival")
+    attack = attack_of(config, competitor=first)
+    other = attack.with_competitor(second.variables)
+    assert other.phases is attack.phases
+    found, _ = tiny.run(other)
+    built, _ = tiny.run(attack_of(config, competitor=second))
+    np.testing.assert_array_equal(found.images, built.images)
+    with pytest.raises(ValueError, match="without a competitor"):
+        attack_of(Config(phases=(Phase(1),))).with_competitor(second.variables)
+
+
+def test_presets_of_condensation() -> None:
+    """What they ask for besides; the rate has no warm-up."""
+    presets = deepinversion.PRESETS
+    published, small = presets["sre2l"], presets["sre2l_cifar100"]
+    assert published.crop == Crop((0.08, 1.0), (3 / 4, 4 / 3))
+    assert presets["cda"].crop == Crop(easy_to_hard=True)
+    assert small.crop is None
+    assert (published.keep, small.keep) == ("last", "last")
+    rate = optimise.warm_cosine(published.lr, published.warmup, 4000, published.lr_floor)
+    np.testing.assert_allclose([float(rate(0)), float(rate(2000))], [0.25, 0.125])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Crop(scale=(0.5, 0.1)), "scale must be the least and the greatest"),
+        (lambda: Crop(ratio=(2.0, 1.0)), "ratio must be the least and the greatest"),
+        (lambda: Phase(1, jitter=(3, 1)), "jitter must be the least and the largest shift"),
+    ],
+)
+def test_crops_and_shifts_are_checked(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 # --- classes -------------------------------------------------------------------------------------
