@@ -9,8 +9,10 @@ Several processes (hosts) run the same program on the same arguments; only the m
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -143,23 +145,53 @@ def everywhere(make: Callable[[], T]) -> T:
 
 
 def devices(count: int | None = None) -> list[jax.Device]:
-    """Return the devices of all processes, or the first `count`.
+    """Return the devices of all processes, or the first `count`; within `only`, its one.
 
     Raises:
       ValueError: there are not so many, or several processes would leave some out.
     """
+    alone = _ALONE.get()
+    if alone is not None and count in (None, 1):
+        return [alone]
     available = jax.devices()
-    if count is None:
-        return available
-    if jax.process_count() > 1 and count != len(available):
+    if count is not None and jax.process_count() > 1 and count != len(available):
         raise ValueError(f"several processes use all their {len(available)} devices, not {count}")
-    if not 1 <= count <= len(available):
+    return _first(available, count)
+
+
+def local_devices(count: int | None = None) -> list[jax.Device]:
+    """Return this process's devices, or the first `count`.
+
+    Raises:
+      ValueError: there are not so many.
+    """
+    return _first(jax.local_devices(), count)
+
+
+def _first(available: list[jax.Device], count: int | None) -> list[jax.Device]:
+    if count is not None and not 1 <= count <= len(available):
         raise ValueError(f"{count} devices asked for; there are {len(available)} here")
     return available[:count]
 
 
+_ALONE: contextvars.ContextVar[jax.Device | None] = contextvars.ContextVar("alone", default=None)
+
+
+@contextlib.contextmanager
+def only(device: jax.Device) -> Iterator[None]:
+    """Within, in this thread, everything goes to one device of this process."""
+    token = _ALONE.set(device)
+    try:
+        with jax.default_device(device):
+            yield
+    finally:
+        _ALONE.reset(token)
+
+
 def check_all_take_part(devices: Sequence[jax.Device]) -> None:
     """Raise ValueError if a process would have none of these devices."""
+    if _ALONE.get() is not None:
+        return
     busy = {device.process_index for device in devices}
     if len(busy) < jax.process_count():
         raise ValueError(

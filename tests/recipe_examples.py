@@ -34,6 +34,17 @@ def invert(folder: Path) -> dict[str, Any]:
     }
 
 
+def synthesise(folder: Path) -> dict[str, Any]:
+    del folder
+    return {
+        "networks": [{"model": "tiny:network"}],
+        "images_per_class": 2,
+        "classes": [0, 4, 5],
+        "batch": 4,
+        "attack": {"warmup": 2, "phases": [{"steps": 6, "jitter": 1}]},
+    }
+
+
 def invert_gradients(folder: Path) -> dict[str, Any]:
     Image.fromarray(np.full((30, 30), 90, np.uint8)).save(folder / "gray.png")
     return {
@@ -149,6 +160,7 @@ def linear_head(
 
 EXAMPLES = {
     "invert": invert,
+    "synthesise": synthesise,
     "invert-gradients": invert_gradients,
     "pretrain": pretrain,
     "extract-features": extract_features,

@@ -10,6 +10,7 @@ from jinv.runs.command import Command
 RECIPES = (
     "invert",
     "invert-gradients",
+    "synthesise",
     "pretrain",
     "extract-features",
     "train-shadow-models",

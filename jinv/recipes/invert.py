@@ -50,45 +50,79 @@ class Inverted(Network):
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """What a config file holds.
+class Objective:
+    """What images are optimised for, as configs say it.
 
     Attributes:
       networks: inverted jointly; most often one.
-      judges: other networks that look at the images; they have no say in the optimisation.
       competitor: a fixed network for R_adi.
-      images: batch size.
-      labels: "hand-picked" ImageNet classes, "random" ones, or a list; repeated as needed. Unused
-        if all networks' label terms weigh 0.
       size: of the images, one side or height and width; the first network's by default.
       space: what the images are normalised for while they are optimised, which scales the learning
         rate and the priors: the "first" network, "imagenet", or "pixels" for none.
       gray: optimise gray images.
-      class_names: a text file with one name a line, or one of "imagenet", "cifar10",
-        "fashion_mnist", "emnist-letters" and so on; the network's own by default.
-      seed: of everything random.
-      trials: how many batches, of seeds seed, seed + 1, ...
       compute_dtype: of the networks' arithmetic; losses and moments stay float32.
       attack: the mathematics. In a file it may begin with `preset: NAME`, which sets all its keys
         (but no networks' `terms` and no `space`); the keys beside it count more.
       execution: devices and memory, without influence on the result beyond rounding.
-      run: how it goes, without influence on the result.
     """
 
     networks: Annotated[tuple[Inverted, ...], Some()]
-    judges: tuple[Network, ...] = ()
     competitor: Network | None = None
-    images: Count = 8
-    labels: Literal["hand-picked", "random"] | Annotated[tuple[Class, ...], Some()] = "hand-picked"
     size: Count | tuple[Count, Count] | None = None
     space: Literal["first", "imagenet", "pixels"] = "first"
     gray: bool = False
-    class_names: data.ClassNames | None = None
-    seed: Seed = 0
-    trials: Count = 1
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     attack: deepinversion.Config = dataclasses.field(default_factory=deepinversion.Config)
     execution: ensemble.Execution = dataclasses.field(default_factory=ensemble.Execution)
+
+    def members(self) -> list[Member]:
+        """Load the networks."""
+        return [Member(network.load(), network.terms) for network in self.networks]
+
+    def build(
+        self, members: Sequence[Member], targets: Sequence[int], competitor: Net | None
+    ) -> deepinversion.Attack:
+        """Build the attack on these classes.
+
+        Args:
+          members: the networks, loaded.
+          targets: one class an image.
+          competitor: for R_adi.
+        """
+        return deepinversion.build(
+            self.attack,
+            members,
+            targets,
+            size=self.size,
+            space=_space(self, members[0].net),
+            competitor=competitor,
+            compute_dtype=self.compute_dtype,
+            execution=self.execution,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Objective):
+    """What a config file holds.
+
+    Attributes:
+      judges: other networks that look at the images; they have no say in the optimisation.
+      images: batch size.
+      labels: "hand-picked" ImageNet classes, "random" ones, or a list; repeated as needed. Unused
+        if all networks' label terms weigh 0.
+      class_names: a text file with one name a line, or one of "imagenet", "cifar10",
+        "fashion_mnist", "emnist-letters" and so on; the network's own by default.
+      seed: of everything random.
+      trials: how many batches, of seeds seed, seed + 1, ...
+      run: how it goes, without influence on the result.
+    """
+
+    judges: tuple[Network, ...] = ()
+    images: Count = 8
+    labels: Literal["hand-picked", "random"] | Annotated[tuple[Class, ...], Some()] = "hand-picked"
+    class_names: data.ClassNames | None = None
+    seed: Seed = 0
+    trials: Count = 1
     run: attack_run.Options = dataclasses.field(default_factory=attack_run.Options)
 
     def __post_init__(self) -> None:
@@ -163,7 +197,7 @@ class Inversion(command.Loaded):
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.members = [Member(network.load(), network.terms) for network in config.networks]
+        self.members = config.members()
         first = self.members[0].net
         self.nets = _distinct([m.net for m in self.members], [n.load() for n in config.judges])
         self.names = data.class_names(first.classes, config.class_names, first.class_names)
@@ -175,16 +209,7 @@ class Inversion(command.Loaded):
         self.held_out = [net.name for net in self.nets if net.name not in self.roles]
         self._judges = {net.name: judging.make_judge(net) for net in self.nets}
         self._draw()
-        self.attack = deepinversion.build(
-            config.attack,
-            self.members,
-            self._classes,
-            size=config.size,
-            space=_space(config, first),
-            competitor=competitor,
-            compute_dtype=config.compute_dtype,
-            execution=config.execution,
-        )
+        self.attack = config.build(self.members, self._classes, competitor)
 
     def with_seed(self, seed: int) -> Self:
         """Return the same with another seed: other noise, other random classes."""
@@ -353,7 +378,7 @@ def _distinct(inverted: list[Net], judges: list[Net]) -> list[Net]:
     return nets
 
 
-def _space(config: Config, first: Net) -> image.Preprocessing:
+def _space(config: Objective, first: Net) -> image.Preprocessing:
     """Return what the images are normalised for while they are optimised."""
     space = {
         "first": first.preprocessing,

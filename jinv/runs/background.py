@@ -19,15 +19,19 @@ class Background:
 
     Several processes do their jobs at once, in the main thread: what they ask of each other must
     come in the same order in all.
+
+    Args:
+      alone: the jobs ask nothing of other processes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, alone: bool = False) -> None:
+        self._alone = alone or jax.process_count() == 1
         self._pool = ThreadPoolExecutor(1, "jinv-background")
         self._jobs: collections.deque[Future[None]] = collections.deque()
 
     def __call__(self, job: Callable[[], None]) -> None:
         """Do a job soon; wait if others wait already, and raise what one of them has raised."""
-        if jax.process_count() > 1:
+        if not self._alone:
             return job()
         while self._jobs and (len(self._jobs) > _WAITING or self._jobs[0].done()):
             self._jobs.popleft().result()

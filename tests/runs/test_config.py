@@ -15,6 +15,7 @@ from jinv.recipes import (
     invert,
     invert_gradients,
     pretrain,
+    synthesise,
     train_reconstructor,
     train_shadow_models,
 )
@@ -141,6 +142,7 @@ def test_differences_name_nested_keys() -> None:
 
 COMMANDS = {
     "pretrain": pretrain.COMMAND,
+    "synthesise": synthesise.COMMAND,
     "features": extract_features.COMMAND,
     "shadow": train_shadow_models.COMMAND,
     "reconstructor": train_reconstructor.COMMAND,
