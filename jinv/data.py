@@ -20,7 +20,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -30,6 +30,7 @@ from jinv.checks import File
 from jinv.image import Preprocessing
 
 Split = Literal["train", "validation", "test"]
+Format = Literal["fashion_mnist", "idx", "images", "arrays", "tfds"]
 
 CIFAR10 = (
     *("airplane", "automobile", "bird", "cat", "deer"),
@@ -377,17 +378,40 @@ def _opened(path: Path) -> Image.Image:
     return Image.open(path, formats=tuple(set(_FORMATS.values())))
 
 
-def image_folder(root: str | Path, size: int | Sequence[int]) -> Dataset:
-    """A folder with one subfolder of pictures a class: classes are named and sorted like these.
+def image_folder(root: str | Path, size: int | Sequence[int] | Preprocessing) -> Dataset:
+    """Return the images of a folder with one subfolder a class, see `labelled_files`.
+
+    Raises:
+      ValueError: as `labelled_files` and `image_files` do.
+    """
+    found = labelled_files(root)
+    return Dataset(image_files(found.files, size), found.labels, found.classes)
+
+
+class LabelledFiles(NamedTuple):
+    """Pictures that are not read yet, with the fields of a `Dataset`.
+
+    Attributes:
+      files: N paths.
+      labels: (N,) indices of classes, int32.
+      classes: their names.
+    """
+
+    files: list[Path]
+    labels: np.ndarray
+    classes: tuple[str, ...]
+
+
+def labelled_files(root: str | Path) -> LabelledFiles:
+    """Return the pictures of a folder with one subfolder a class, named and sorted like these.
 
     Pictures are files in the subfolders called .jpg, .png and so on, in small letters or capitals,
     see `image_files`. Hidden files and folders (`._a.png`) and what systems leave behind
     (`Thumbs.db`, `__MACOSX`) are left alone, and so is what is no picture.
 
     Raises:
-      ValueError: there are no subfolders, one holds no picture, or a picture cannot be read, or
-        would not be: it lies beside the classes' folders or below them, or has another format or
-        suffix.
+      ValueError: there are no subfolders, one holds no picture, or a picture would not be read: it
+        lies beside the classes' folders or below them, or has another format or suffix.
     """
     root = files.path(root)
     entries = _entries(root)
@@ -422,7 +446,9 @@ def image_folder(root: str | Path, size: int | Sequence[int]) -> Dataset:
         paths += found
         labels += [label] * len(found)
     names = tuple(folder.name for folder in folders)
-    return Dataset(image_files(paths, size), np.asarray(labels, np.int32), names)
+    if not all(name.isprintable() for name in names):
+        raise ValueError(f"{root}: names of classes must be printable")
+    return LabelledFiles(paths, np.asarray(labels, np.int32), names)
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -707,7 +733,7 @@ class Source:
         `validation` and `test`: {test: val}, {train: "train[:90%]", test: "train[90%:]"}.
     """
 
-    format: Literal["fashion_mnist", "idx", "images", "arrays", "tfds"] = "fashion_mnist"
+    format: Format = "fashion_mnist"
     folder: Annotated[str, File()] | None = None
     name: str | None = None
     transposed: bool = False
@@ -758,20 +784,28 @@ class Source:
             keys = {"image_key": self.image, "label_key": self.label}
             return tfds(self.name or "", called, size, folder=self.folder, **keys)
         if self.format == "images":
-            root = files.path(self.folder or "")
-            if root.is_dir() and not (root / called).is_dir():
-                there = _some([path.name for path in _entries(root) if path.is_dir()])
-                raise ValueError(
-                    f"{root} holds no folder {called} with the classes' folders in it, but "
-                    f"{there or 'no folder at all'}; `splits: {{{split}: NAME}}` in the config "
-                    "says what it is called"
-                )
-            return image_folder(root / called, size)
+            return image_folder(self.pictures(split), size)
         if self.format == "arrays":
             return arrays(files.path(self.folder or "") / f"{called}.npz")
         if self.format == "idx":
             return idx(self.folder or "", split, name=self.name, transposed=self.transposed)
         return fashion_mnist(split, self.folder)
+
+    def pictures(self, split: Split) -> Path:
+        """Return the folder of a split of the format "images", with the classes' folders in it.
+
+        Raises:
+          ValueError: the data's folder holds no such split.
+        """
+        root, called = files.path(self.folder or ""), self.splits.get(split, split)
+        if root.is_dir() and not (root / called).is_dir():
+            there = _some([path.name for path in _entries(root) if path.is_dir()])
+            raise ValueError(
+                f"{root} holds no folder {called} with the classes' folders in it, but "
+                f"{there or 'no folder at all'}; `splits: {{{split}: NAME}}` in the config "
+                "says what it is called"
+            )
+        return root / called
 
 
 KNOWN_CLASSES: dict[str, Callable[[], Sequence[str]]] = {

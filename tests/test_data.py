@@ -749,6 +749,9 @@ def test_a_folder_of_classes(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.labels, [0, 1, 1])
     paths = [tmp_path / "cat/0.JPG", tmp_path / "dog/0.JPG", tmp_path / "dog/1.JPG"]
     np.testing.assert_array_equal(found.images, data.image_files(paths, 16))
+    listed = data.labelled_files(tmp_path)
+    assert (listed.files, listed.classes) == (paths, found.classes)
+    np.testing.assert_array_equal(listed.labels, found.labels)
 
     with pytest.raises(ValueError, match="gone"):
         data.image_folder(tmp_path / "gone", 16)
