@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import difflib
 import functools
 import gzip
 import importlib.util
@@ -845,6 +846,95 @@ def class_names(
             f"many, or give a file of {classes} names"
         )
     return names
+
+
+Matching = Literal["name", "number", "order"]
+"""How classes of data are found among those of a network, see `class_indices`."""
+_NUMBER = re.compile(r"(?:class[ _-]?)?([0-9]{1,9})")
+
+
+def class_indices(
+    found: Sequence[str], classes: int, names: Sequence[str] | None, network: str = "the network"
+) -> tuple[np.ndarray, Matching]:
+    """Return the network's number of every class of data (K,), int32, and how it was found.
+
+    Classes are found by name where the network's are known: letters may differ in case, and
+    whatever is no letter or digit counts as a space, so that a folder "t-shirt_top" is of the class
+    "T-shirt/top". Else by number, from 0, where all are called like 3, 003 or "class 3". Else by
+    their order, if the network has no names and as many classes.
+
+    Args:
+      found: names of the data's classes.
+      classes: how many the network has.
+      names: of these, None where they are not known.
+      network: its name, for messages.
+
+    Raises:
+      ValueError: a class cannot be found so, or two are the same one of the network.
+    """
+    told = [] if names is None else _named(found, names, network)
+    if names is not None and None not in told:
+        return _apart(found, told, network), "name"
+    numbers = [_NUMBER.fullmatch(name) for name in found]
+    if all(numbers):
+        indices = [int(match[1]) for match in numbers if match]
+        if max(indices) >= classes:
+            raise ValueError(
+                f"the data has a class {found[int(np.argmax(indices))]!r}, but the classes of "
+                f"{network} are numbered from 0 to {classes - 1}"
+            )
+        return _apart(found, indices, network), "number"
+    if names is not None:
+        missing = found[told.index(None)]
+        near = difflib.get_close_matches(missing, names, 1, 0.5)
+        meant = f" (is it {near[0]!r}?)" if near else ""
+        raise ValueError(
+            f"no class of {network} is called {missing!r}{meant}: call the data's classes as it "
+            "does, or all of them by its numbers, from 0"
+        )
+    if len(found) != classes:
+        raise ValueError(
+            f"the {len(found)} classes {_some(found)} cannot be found among the {classes} of "
+            f"{network}, whose names are not known: give these as `class_names`, or call the "
+            "data's classes by its numbers, from 0"
+        )
+    return np.arange(classes, dtype=np.int32), "order"
+
+
+def _named(found: Sequence[str], names: Sequence[str], network: str) -> list[int | None]:
+    """The numbers of the classes of these names, None where there is none."""
+    exact: dict[str, list[int]] = {}
+    alike: dict[str, list[int]] = {}
+    for i, name in enumerate(names):
+        exact.setdefault(name, []).append(i)
+        alike.setdefault(_letters(name), []).append(i)
+    told: list[int | None] = []
+    for name in found:
+        numbers = exact.get(name) or (alike.get(_letters(name), []) if _letters(name) else [])
+        if len(numbers) > 1:
+            raise ValueError(
+                f"the classes {' and '.join(map(str, numbers))} of {network} are called {name!r}: "
+                "call all of the data's classes by its numbers, from 0"
+            )
+        told.append(numbers[0] if numbers else None)
+    return told
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[\W_]+", " ", name.casefold()).strip()
+
+
+def _apart(found: Sequence[str], indices: Sequence[int | None], network: str) -> np.ndarray:
+    """The numbers as an array; ValueError if two classes have one."""
+    seen: dict[int | None, str] = {}
+    for name, index in zip(found, indices, strict=True):
+        if index in seen:
+            raise ValueError(
+                f"the data's classes {seen[index]!r} and {name!r} are both the class {index} of "
+                f"{network}: make one of them"
+            )
+        seen[index] = name
+    return np.asarray(indices, np.int32)
 
 
 def _imagenet() -> Sequence[str]:

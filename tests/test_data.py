@@ -899,6 +899,52 @@ def test_bytes_become_normalised_images() -> None:
 
 
 @pytest.mark.parametrize(
+    ("found", "classes", "names", "expected", "how"),
+    [
+        (("b", "c"), 3, ("a", "b", "c"), [1, 2], "name"),
+        (("T-shirt_top", "Ankle Boot"), 10, data.FASHION_MNIST, [0, 9], "name"),
+        (("a", "A"), 62, data.EMNIST["emnist-byclass"], [36, 10], "name"),
+        # A network that was trained on folders called like numbers: they are sorted as texts.
+        (("2", "10"), 3, ("1", "10", "2"), [2, 1], "name"),
+        (("003", "1"), 4, None, [3, 1], "number"),
+        (("003", "class 1", "class_002"), 4, ("a", "b", "c", "d"), [3, 1, 2], "number"),
+        (("ape", "bee", "cat"), 3, None, [0, 1, 2], "order"),
+    ],
+)
+def test_classes_are_found_in_a_network(
+    found: tuple[str, ...], classes: int, names: Any, expected: list[int], how: str
+) -> None:
+    indices, said = data.class_indices(found, classes, names)
+    assert (indices.tolist(), said) == (expected, how)
+
+
+@pytest.mark.parametrize(
+    ("found", "classes", "names", "message"),
+    [
+        (
+            ("b", "catt"),
+            3,
+            ("a", "b", "cat"),
+            r"no class of net is called 'catt' \(is it 'cat'\?\)",
+        ),
+        (("1", "cat"), 3, ("a", "b", "cat"), "no class of net is called '1'"),
+        (("1", "2", "3"), 3, None, "a class '3', but the classes of net are numbered from 0 to 2"),
+        (("1", "4"), 3, ("a", "b", "c"), "a class '4', but"),
+        (("ape", "bee"), 3, None, "2 classes ape, bee cannot be found among the 3 of net"),
+        (("crane",), 3, ("crane", "b", "crane"), "classes 0 and 2 of net are called 'crane'"),
+        (("a b", "a_b"), 2, ("a b", "c"), "'a b' and 'a_b' are both the class 0 of net"),
+        (("3", "003"), 4, None, "'3' and '003' are both the class 3 of net"),
+        (("?",), 2, ("!", "a"), r"no class of net is called '\?'"),
+    ],
+)
+def test_classes_are_not_guessed(
+    found: tuple[str, ...], classes: int, names: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        data.class_indices(found, classes, names, "net")
+
+
+@pytest.mark.parametrize(
     "content",
     [
         b"cat\ndog",
