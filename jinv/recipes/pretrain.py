@@ -22,31 +22,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax import Array
-from jax.sharding import Mesh
 
 import weights_convert
-from jinv import checks, data, files, image, models, optimise, parallel, training
+from jinv import checks, data, files, image, models, parallel, training
 from jinv.checks import Count, File, Seed
-from jinv.files import sha256, write_atomic
 from jinv.image import Preprocessing
 from jinv.models import registry
-from jinv.models.trained import CLASSES, WEIGHTS
 from jinv.net import Net, with_parameters
-from jinv.reports import curves
-from jinv.runs import command, hardware
+from jinv.runs import command, hardware, training_run
 from jinv.runs import config as configs
-from jinv.runs.progress import Progress
 from jinv.runs.run_folder import FolderError, RunFolder
-from jinv.runs.signals import Signals
-
-CHECKPOINT_SECONDS = 60.0
-"""Time between checkpoints."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,70 +75,18 @@ class Config:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Summary(command.Summary):
+class Summary(training_run.Summary):
     """What summary.json holds.
 
     Attributes:
-      model: name of the network in the zoo.
       weights: what it began with; null for random weights.
       head_epochs: done with the last layer alone; null if it began with random weights.
       data: as in the config.
-      classes: names.
-      preprocessing: size, mean, std, pixel_range: what makes an image normalised; the mean and
-        deviation of the training images, or what the given weights want. resize, interpolation:
-        what makes an image of a picture, as of those that it was trained on.
-      epochs: done, without those of the head.
-      steps: done, of both.
-      images: number of training images.
-      test_images: number of test images.
-      test_accuracy: share of the test images that are given their class; where labels are
-        attributes, share of these that is right.
-      train_accuracy: the same of the training images, augmented, during the last epoch.
-      train_loss: mean cross-entropy during the last epoch.
-      files: sha256 of weights.safetensors and classes.txt.
     """
 
-    model: str
     weights: str | None
     head_epochs: int | None
     data: dict[str, Any]
-    classes: list[str]
-    preprocessing: dict[str, Any]
-    epochs: int
-    steps: int
-    images: int
-    test_images: int
-    test_accuracy: float
-    train_accuracy: float
-    train_loss: float
-    files: dict[str, str]
-
-
-class _Phase(NamedTuple):
-    """A training, as the progress bar shows it.
-
-    Attributes:
-      name: "head" or "training".
-      steps: of all its epochs.
-      config: the mathematics.
-      key: of its randomness.
-      mesh: of the devices that share a batch.
-      per_epoch: steps.
-      first: steps of the phases before it.
-    """
-
-    name: str
-    steps: int
-    config: training.Config
-    key: Array
-    mesh: Mesh
-    per_epoch: int
-    first: int
-    cost: float = 1.0
-
-    @property
-    def end(self) -> int:
-        return self.first + self.steps
 
 
 class Pretraining(command.Loaded):
@@ -173,123 +111,23 @@ class Pretraining(command.Loaded):
         Raises:
           Interrupted: SIGTERM or Ctrl-C came; a checkpoint was saved.
         """
-        phases, net = self.phases, self.net
-        with folder.checkpoints() as manager, Signals() as stopping, Progress(phases) as bar:
-
-            def template(meta: Mapping[str, Any]) -> training.State:
-                phase = phases[meta.get("phase", 0)]
-                return training.abstract_state(net, phase.config, phase.mesh)
-
-            restored = folder.restore(manager, template)
-            begun, state = 0, None
-            if restored is not None:
-                begun, state = restored[0].get("phase", 0), training.State(*restored[1])
-            try:
-                for index, phase in list(enumerate(phases))[begun:]:
-                    look = _Look(self, folder, manager, bar, index)
-                    state = training.run(
-                        net,
-                        phase.config,
-                        phase.key,
-                        self.train,
-                        mesh=phase.mesh,
-                        state=state,
-                        callback=look,
-                        should_stop=stopping,
-                        wanted=look.wanted,
-                        clock=folder.clock,
-                    )
-                    done = phase.first + int(parallel.fetch(state.step))
-                    if done < phase.end or (phase is not phases[-1] and stopping()):
-                        folder.save(manager, done, state, phase=index)
-                        raise folder.stopped(stopping.number, done, phases[-1].end)
-                    variables = jax.tree.map(parallel.fetch, state.variables)
-                    net, state = dataclasses.replace(net, variables=variables), None
-            finally:
-                folder.save_logs()
+        variables = training_run.run(self.net, self.phases, folder, self.train, self.test)
         summary: dict[str, Any] = {}
-        parallel.on_main(lambda: summary.update(self._write(folder, net.variables)), FolderError)
+        parallel.on_main(lambda: summary.update(self._write(folder, variables)), FolderError)
         return summary
 
     def _write(self, folder: RunFolder, variables: Mapping[Any, Any]) -> dict[str, Any]:
         """Write weights, names of classes, curves; the summary last."""
-        config, log, last = self.config, folder.metrics, self.phases[-1]
-        weights_convert.write(folder.path / WEIGHTS, weights_convert.from_flax(variables))
-        write_atomic(folder.path / CLASSES, "\n".join(self.train.classes) + "\n")
-        epochs = [
-            step for phase in self.phases for step in range(phase.first, phase.end, phase.per_epoch)
-        ]
-        test_accuracy = folder.scores.last["test_accuracy"]
-        terms = log.terms()
-        svg = curves.plot(
-            terms,
-            log.steps(),
-            title=f"{config.model}: test accuracy {test_accuracy:.4f}",
-            boundaries=epochs[1:],
-        )
-        write_atomic(folder.path / "curves.svg", svg)
+        config = self.config
         head = 0 if config.head is None else config.head.epochs
         summary = Summary(
-            **command.shared(folder, hardware.of_mesh(last.mesh)),
-            model=config.model,
+            **command.shared(folder, hardware.of_mesh(self.phases[-1].mesh)),
+            **training_run.write(folder, self.net, variables, self.phases, self.train, self.test),
             weights=config.weights,
             head_epochs=None if config.weights is None else head,
             data=configs.plain(config.data),
-            classes=list(self.train.classes),
-            preprocessing=configs.plain(self.net.preprocessing),
-            epochs=config.training.epochs,
-            steps=last.end,
-            images=len(self.train),
-            test_images=len(self.test),
-            test_accuracy=test_accuracy,
-            train_accuracy=float(np.mean(terms["accuracy"][-last.per_epoch :])),
-            train_loss=float(np.mean(terms["loss"][-last.per_epoch :])),
-            files={name: sha256(folder.path / name) for name in (WEIGHTS, CLASSES)},
         )
         return command.finish(folder, summary)
-
-
-class _Look:
-    """Logs every step; tests after every epoch; saves a checkpoint where one is due."""
-
-    def __init__(
-        self,
-        work: Pretraining,
-        folder: RunFolder,
-        manager: ocp.CheckpointManager,
-        bar: Progress,
-        index: int,
-    ) -> None:
-        self._phase = work.phases[index]
-        self._test = work.test
-        self._folder = folder
-        self._manager = manager
-        self._bar = bar
-        self._index = index
-        batch = self._phase.config.batch
-        self._saves = False
-        self._accuracy = training.make_accuracy(work.net, self._phase.mesh, batch)
-
-    def wanted(self, done: int) -> bool:
-        """Return whether the state after so many steps of the phase is tested, or saved."""
-        self._saves = self._folder.due(CHECKPOINT_SECONDS)
-        return self._saves or done % self._phase.per_epoch == 0
-
-    def __call__(self, chunk: optimise.Chunk) -> None:
-        folder, phase, metrics = self._folder, self._phase, chunk.metrics
-        done = phase.first + chunk.start
-        self._bar.update(self._index, done, metrics)
-        for loss, share in zip(metrics["loss"], metrics["accuracy"], strict=True):
-            folder.metrics.add(step=done, loss=float(loss), accuracy=float(share))
-            done += 1
-        if not chunk.finite:
-            return
-        if (done - phase.first) % phase.per_epoch == 0:
-            found = {"test_accuracy": self._accuracy(chunk.state.variables, self._test)}
-            folder.scores.add(step=done, **found)
-            self._bar.say(done, found)
-        if self._saves:
-            folder.save(self._manager, done, chunk.state, phase=self._index)
 
 
 def _keys(config: Config) -> tuple[Array, Array]:
@@ -361,7 +199,7 @@ def _check_proportions(images: np.ndarray, wanted: Preprocessing) -> None:
         )
 
 
-def _phases(config: Config, images: int, key: Array) -> list[_Phase]:
+def _phases(config: Config, images: int, key: Array) -> list[training_run.Phase]:
     """Return the config's trainings; `key` is that of the last."""
     # Not one of the two keys that the seed's is split into.
     head_key = jax.random.fold_in(jax.random.key(config.seed), 2)
@@ -369,17 +207,7 @@ def _phases(config: Config, images: int, key: Array) -> list[_Phase]:
     if config.head is not None:
         alone = dataclasses.replace(config.head, learns="head")
         wanted.insert(0, ("head", alone, head_key))
-    phases: list[_Phase] = []
-    first = 0
-    for name, each, key in wanted:
-        per_epoch = images // each.batch
-        if not per_epoch:
-            raise ValueError(f"{images} images fill no batch of {each.batch}")
-        mesh = training.batch_mesh(each.batch)
-        steps = each.epochs * per_epoch
-        phases.append(_Phase(name, steps, each, key, mesh, per_epoch, first))
-        first += steps
-    return phases
+    return training_run.phases(wanted, images)
 
 
 def splits(source: data.Source, size: int | Sequence[int]) -> tuple[data.Dataset, data.Dataset]:
@@ -464,7 +292,7 @@ COMMAND = command.Command(
     config=Config,
     load=Pretraining,
     summary=Summary,
-    files=(WEIGHTS, CLASSES, "curves.svg", "metrics.csv", "scores.csv"),
+    files=training_run.FILES,
     say=_say,
     less="--training.batch with fewer images",
 )

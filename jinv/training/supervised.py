@@ -9,8 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -19,9 +18,8 @@ import numpy as np
 import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jax.typing import DTypeLike
 
-from jinv import checks, image, optimise, parallel
+from jinv import checks, optimise, parallel
 from jinv.checks import (
     Count,
     Natural,
@@ -33,7 +31,6 @@ from jinv.checks import (
 )
 from jinv.data import Dataset
 from jinv.net import (
-    Moments,
     Net,
     Outputs,
     Parameters,
@@ -43,6 +40,8 @@ from jinv.net import (
     with_parameters,
 )
 from jinv.objective.terms import cross_entropy
+from jinv.training.statistics import with_statistics
+from jinv.training.views import View, Views, make_view, normalised, shown
 
 _BATCH = PartitionSpec(parallel.BATCH)
 _DROPS = 1
@@ -53,7 +52,7 @@ Learns = Literal["all", "head", "all_but_batch_norm"]
 
 @checks.todays_keywords
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Views):
     """The mathematics of a training run; every epoch drops the images that fill no batch.
 
     Attributes:
@@ -68,8 +67,8 @@ class Config:
       warmup: in steps.
       lr_floor: share of the learning rate at the end.
       label_smoothing: share of every label that goes to all classes alike.
-      flip: mirror every image with probability 1/2.
-      crop: pixels of black margin that every image may be moved into, at random.
+      flip, crop, resized_crop, mix, mix_alpha: what is seen of the images, see `views.Views`.
+      compute_dtype: of the network's arithmetic; parameters, moments and losses stay float32.
       statistics_momentum: weight of a batch in the running statistics, torch's `momentum`; by
         default every BatchNorm layer's own.
       learns: "all"; only the "head", the last linear layer; or "all_but_batch_norm", neither
@@ -88,13 +87,12 @@ class Config:
     warmup: Natural = 100
     lr_floor: Share = 0.0
     label_smoothing: ShareBelowOne = 0.0
-    flip: bool = False
-    crop: Natural = 0
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
     statistics_momentum: PositiveShare | None = None
     learns: Learns = "all"
 
     def __post_init__(self) -> None:
-        checks.fields(self)
+        super().__post_init__()
         if self.optimizer == "adam":
             checks.unused(self, "optimizer is 'adam', which has its own", "momentum", "nesterov")
         if self.learns != "all":
@@ -121,8 +119,11 @@ class State(NamedTuple):
     step: Array
 
 
-Examples = tuple[Array, Array]
-"""Bytes (B, H, W, 1 or C), and labels (B,) or attributes (B, K)."""
+Examples = tuple[Any, ...]
+"""Bytes (B, H, W, 1 or C), and labels (B,) or attributes (B, K); then what a criterion is told."""
+
+Criterion = Callable[..., Array]
+"""(logits, view, *told) -> scalar: the loss of a batch of which the network has seen a `View`."""
 
 Step = Callable[[Array, State, Examples], tuple[State, optimise.Info]]
 """(key, state, examples) -> (state, info).
@@ -184,31 +185,46 @@ def init(net: Net, optimizer: optax.GradientTransformation, learns: Learns = "al
     return State(variables, optimizer.init(changing), jnp.zeros((), jnp.int32))
 
 
-def make_step(net: Net, config: Config, optimizer: optax.GradientTransformation) -> Step:
+def make_step(
+    net: Net,
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    criterion: Criterion | None = None,
+) -> Step:
     """One step on a batch.
 
     Where all is learned, the network is in training mode: BatchNorm with the moments of the whole
     batch, dropout and stochastic depth on; auxiliary heads stay as they are. Randomness of step t
     comes from `fold_in(key, t)` alone.
 
+    Args:
+      net: the network.
+      config: the mathematics.
+      optimizer: of the parameters that are learned.
+      criterion: the loss; by default the mean cross-entropy with the labels.
+
     Raises:
       ValueError: the network has no training mode, or no head.
     """
+    criterion = criterion or functools.partial(_cross_entropy, config.label_smoothing)
     frozen = config.learns != "all"
     forward = net.mode(training=not frozen)
 
     def step(key: Array, state: State, examples: Examples) -> tuple[State, optimise.Info]:
-        images, labels = examples
+        images, labels, *told = examples
         before = learned(net, state.variables, config.learns)
         key = jax.random.fold_in(key, state.step)
-        images = augment(key, images, config)
-        seen = normalised(net, images, jnp.result_type(*jax.tree.leaves(before)))
+        wide = jnp.result_type(*jax.tree.leaves(before))
+        view = make_view(key, images, labels, config, net.preprocessing.size, net.classes, wide)
+        seen = shown(net, view.pixels)
+        if config.compute_dtype != "float32":
+            seen = seen.astype(config.compute_dtype)
         drawn = () if frozen else (jax.random.fold_in(key, _DROPS),)
 
         def loss(now: Parameters) -> tuple[Array, Outputs]:
             variables = with_parameters(state.variables, now)
             outputs = forward(variables, seen, *drawn)
-            return _loss(outputs.logits, labels, config.label_smoothing), outputs
+            return criterion(outputs.logits, view, *told), outputs
 
         (value, outputs), gradient = jax.value_and_grad(loss, has_aux=True)(before)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, before)
@@ -225,109 +241,18 @@ def make_step(net: Net, config: Config, optimizer: optax.GradientTransformation)
     return step
 
 
-def normalised(net: Net, images: Array, dtype: DTypeLike = "float32") -> Array:
-    """Bytes of any size as the network takes them."""
-    resized = image.resize_bytes(images, net.preprocessing.size)
-    return image.from_bytes(resized, net.preprocessing, dtype)
-
-
-def _loss(logits: Array, labels: Array, smoothing: float) -> Array:
-    """Cross-entropy of softmax and classes (B,), or of sigmoid and attributes (B, K); the mean."""
-    if labels.ndim == 1:
-        classes = logits.shape[-1]
-        targets = (1 - smoothing) * jax.nn.one_hot(labels, classes) + smoothing / classes
+def _cross_entropy(smoothing: float, logits: Array, view: View, *_: Any) -> Array:
+    """Cross-entropy of softmax and classes, or of sigmoid and attributes; the mean."""
+    if not view.has_attributes:
+        targets = (1 - smoothing) * view.targets + smoothing / logits.shape[-1]
         return cross_entropy(logits, targets)
-    targets = (1 - smoothing) * labels + smoothing / 2
+    targets = (1 - smoothing) * view.targets + smoothing / 2
     return optax.sigmoid_binary_cross_entropy(logits, targets).mean()
 
 
 def _right(logits: Array, labels: Array) -> Array:
     """Whether the image is given its class (B,), or each attribute is right (B, K)."""
     return logits.argmax(-1) == labels if labels.ndim == 1 else (logits > 0) == labels
-
-
-def augment(key: Array, images: Array, config: Config) -> Array:
-    """Every image of a batch of bytes (B, H, W, C) cropped and mirrored for itself."""
-    if not config.crop and not config.flip:
-        return images
-
-    def one(key: Array, picture: Array) -> Array:
-        crop_key, flip_key = jax.random.split(key)
-        batch = picture[None]
-        if config.crop:
-            batch = image.random_crop(crop_key, batch, config.crop)
-        if config.flip:
-            batch = image.flip(flip_key, batch)
-        return batch[0]
-
-    return jax.vmap(one)(jax.random.split(key, len(images)), images)
-
-
-def with_statistics(
-    net: Net,
-    variables: Variables,
-    moments: Sequence[Moments],
-    shape: tuple[int, ...],
-    momentum: float | None = None,
-) -> Variables:
-    """The variables after BatchNorm layers saw a batch: r <- (1 - m) r + m b, as torch does it.
-
-    b is the batch's mean, and its unbiased variance, n / (n - 1) times the biased one.
-
-    Args:
-      net: the network.
-      variables: its variables before.
-      moments: of the batch, biased variances.
-      shape: of the batch of images, which decides n.
-      momentum: m of all layers; by default each layer's own.
-
-    Raises:
-      ValueError: a layer sees one value a channel, which has no variance.
-    """
-    assert net.counts is not None
-    counts = net.counts(shape)
-    if min(counts, default=2) < 2:
-        raise ValueError(f"BatchNorm cannot learn from one value a channel: images {shape}")
-    momenta = net.momenta if momentum is None else (momentum,) * len(counts)
-    return with_moments(variables, net.statistics, moments, counts, momenta)
-
-
-def with_moments(
-    variables: Variables,
-    statistics: Sequence[tuple[Path, Path]],
-    moments: Sequence[Moments],
-    counts: Sequence[int],
-    momenta: Sequence[float],
-) -> Variables:
-    """Return the variables of any network after its BatchNorm layers saw a batch.
-
-    Args:
-      variables: before.
-      statistics: paths of every layer's running mean and variance.
-      moments: of the batch, biased variances, in the same order.
-      counts: n of every layer: how many values of a channel its moments are of, at least 2.
-      momenta: m of every layer, see `with_statistics`.
-    """
-    for paths, seen, n, m in zip(statistics, moments, counts, momenta, strict=True):
-        new = Moments(seen.mean, seen.var * (n / (n - 1)))
-        for path, now in zip(paths, new, strict=True):
-            # From the variables as they are now: one layer may come twice.
-            before: Any = functools.reduce(operator.getitem, path, variables)
-            variables = _changed(variables, path, (1 - m) * before + m * now)
-        layer: Any = functools.reduce(operator.getitem, paths[0][:-1], variables)
-        if _COUNTER in layer:
-            variables = _changed(variables, (*paths[0][:-1], _COUNTER), layer[_COUNTER] + 1)
-    return variables
-
-
-_COUNTER = "num_batches_tracked"
-
-
-def _changed(variables: Variables, path: Path, value: Any) -> dict[Any, Any]:
-    """The variables with another value at one path."""
-    for key in reversed(path):
-        value = {key: value}
-    return with_parameters(variables, value)
 
 
 def batches(key: Array, images: int, batch: int, start: int = 0) -> Iterator[np.ndarray]:
@@ -354,6 +279,12 @@ def batches(key: Array, images: int, batch: int, start: int = 0) -> Iterator[np.
             yield order[i * batch : (i + 1) * batch]
 
 
+def keys(key: Array) -> tuple[Array, Array]:
+    """Return the key of the batches' order and that of the steps, of a run's key."""
+    order_key, step_key = jax.random.split(key)
+    return order_key, step_key
+
+
 def batch_mesh(batch: int) -> Mesh:
     """As many devices as share a batch evenly."""
     count = len(parallel.devices())
@@ -374,7 +305,10 @@ def run(
     callback: Callable[[optimise.Chunk], None] = lambda chunk: None,
     should_stop: Callable[[], bool] = lambda: False,
     wanted: Callable[[int], bool] = lambda done: True,
+    mark: int | None = None,
     clock: optimise.Clock | None = None,
+    criterion: Criterion | None = None,
+    told: Callable[[int], tuple[Any, ...]] = lambda step: (),
 ) -> State:
     """Train; returns the last state. The result does not depend on where a run was cut.
 
@@ -385,11 +319,14 @@ def run(
       dataset: images, gray or of the network's channels; brought to its size on the device.
       mesh: of the devices that share a batch, see `batch_mesh`.
       state: to go on from; taken over. See `abstract_state`.
-      callback: called after every epoch, and about once a second, see `optimise.run`.
+      callback: called after every `mark` steps, and about once a second, see `optimise.run`.
       should_stop: asked after every step, of several processes before a callback; once it is true,
         `run` calls back a last time and returns.
       wanted: see `optimise.run`.
+      mark: steps; by default an epoch's.
       clock: told where the time went.
+      criterion: the loss, see `make_step`.
+      told: number of a step -> what its criterion is told, on the devices.
 
     Raises:
       optimise.NonFiniteError: after the callback has seen the finite steps.
@@ -399,17 +336,18 @@ def run(
     optimizer = make_optimizer(config, end)
     if state is None:
         state = parallel.put(mesh, PartitionSpec(), init(net, optimizer, config.learns))
-    order_key, step_key = jax.random.split(key)
+    order_key, step_key = keys(key)
     order = batches(order_key, len(dataset), config.batch, int(parallel.fetch(state.step)))
 
     def examples(step: int) -> Examples:
         chosen = next(order)
-        return parallel.put(mesh, _BATCH, (dataset.images[chosen], dataset.labels[chosen]))
+        batch = (dataset.images[chosen], dataset.labels[chosen])
+        return *parallel.put(mesh, _BATCH, batch), *told(step)
 
     looks = optimise.Looks(
-        callback, None, (per_epoch,), clock or optimise.Clock(), should_stop, wanted
+        callback, None, (mark or per_epoch,), clock or optimise.Clock(), should_stop, wanted
     )
-    step = make_step(net, config, optimizer)
+    step = make_step(net, config, optimizer, criterion)
     # One by one: every step has a batch of its own.
     return optimise.drive(step, step_key, state, examples, end, looks, loop="python")[0]
 
