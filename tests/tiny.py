@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -85,6 +86,16 @@ def network(
             norm.mean[...] = jnp.asarray(norm.mean[...] + shift, jnp.float32)
             norm.var[...] = jnp.asarray(norm.var[...] * rng.uniform(0.5, 1.5, width), jnp.float32)
     return Net.from_nnx(model, space, name=name)
+
+
+def featureless() -> Net:
+    """A network that ends in no linear layer."""
+    net = network()
+
+    def apply(variables: Any, images: Array) -> Any:
+        return net.apply(variables, images)._replace(features=None)
+
+    return dataclasses.replace(net, apply=apply, head=None)
 
 
 def noise(shape: tuple[int, ...], seed: int = 0) -> Array:
