@@ -139,6 +139,16 @@ def classify(folder: Path) -> dict[str, Any]:
     return {"pictures": [str(folder)], "model": "lenet", "weights": "random", "batch": 1}
 
 
+def evaluate(folder: Path) -> dict[str, Any]:
+    shared = arrays(folder)
+    return {
+        "networks": [{"model": "lenet", "weights": "random", "classes": 2}],
+        "data": shared,
+        "real": {**shared, "split": "train"},
+        "batch": 10,
+    }
+
+
 SMALL = {"lr": 0.05, "init_std": 1e-3}
 
 
@@ -169,4 +179,5 @@ EXAMPLES = {
     "attack-heads": attack_heads,
     "reconstruct": reconstruct,
     "classify": classify,
+    "evaluate": evaluate,
 }

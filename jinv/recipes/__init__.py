@@ -18,6 +18,7 @@ RECIPES = (
     "attack-heads",
     "reconstruct",
     "classify",
+    "evaluate",
 )
 """Names of the commands that run recipes; each is the `COMMAND` of a file here."""
 

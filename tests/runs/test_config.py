@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 from jinv.recipes import (
     attack_heads,
+    evaluate,
     extract_features,
     invert,
     invert_gradients,
@@ -150,6 +151,7 @@ COMMANDS = {
     "attack": attack_heads.COMMAND,
     "study": attack_heads.COMMAND,
     "gradients": invert_gradients.COMMAND,
+    "evaluate": evaluate.COMMAND,
 }
 
 
