@@ -45,6 +45,27 @@ def synthesise(folder: Path) -> dict[str, Any]:
     }
 
 
+def relabel(folder: Path) -> dict[str, Any]:
+    views = {"flip": True, "resized_crop": [0.5, 1.0], "mix": "cutmix"}
+    return {
+        "teacher": {"model": "tiny:two_classes"},
+        "data": arrays(folder),
+        "training": {"epochs": 6, "batch": 8, **views},
+    }
+
+
+def train_student(folder: Path) -> dict[str, Any]:
+    return {
+        "model": "lenet",
+        "data": arrays(folder),
+        "teacher": {"model": "tiny:two_classes"},
+        "test": arrays(folder),
+        "training": {"epochs": 6, "batch": 8, "lr": 0.01, "warmup": 2, "mix": "mixup"},
+        "size": 28,
+        "run": {"test_every": 2},
+    }
+
+
 def invert_gradients(folder: Path) -> dict[str, Any]:
     Image.fromarray(np.full((30, 30), 90, np.uint8)).save(folder / "gray.png")
     return {
@@ -171,6 +192,8 @@ def linear_head(
 EXAMPLES = {
     "invert": invert,
     "synthesise": synthesise,
+    "relabel": relabel,
+    "train-student": train_student,
     "invert-gradients": invert_gradients,
     "pretrain": pretrain,
     "extract-features": extract_features,

@@ -98,6 +98,11 @@ def featureless() -> Net:
     return dataclasses.replace(net, apply=apply, head=None)
 
 
+def two_classes() -> Net:
+    """A teacher of two classes."""
+    return network(seed=4, classes=2)
+
+
 def noise(shape: tuple[int, ...], seed: int = 0) -> Array:
     """Standard normal, float32."""
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)

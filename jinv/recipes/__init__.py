@@ -11,6 +11,8 @@ RECIPES = (
     "invert",
     "invert-gradients",
     "synthesise",
+    "relabel",
+    "train-student",
     "pretrain",
     "extract-features",
     "train-shadow-models",

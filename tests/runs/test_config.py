@@ -16,9 +16,11 @@ from jinv.recipes import (
     invert,
     invert_gradients,
     pretrain,
+    relabel,
     synthesise,
     train_reconstructor,
     train_shadow_models,
+    train_student,
 )
 from jinv.runs import config, study
 
@@ -144,6 +146,8 @@ def test_differences_name_nested_keys() -> None:
 COMMANDS = {
     "pretrain": pretrain.COMMAND,
     "synthesise": synthesise.COMMAND,
+    "relabel": relabel.COMMAND,
+    "student": train_student.COMMAND,
     "features": extract_features.COMMAND,
     "shadow": train_shadow_models.COMMAND,
     "reconstructor": train_reconstructor.COMMAND,
