@@ -66,6 +66,20 @@ def train_student(folder: Path) -> dict[str, Any]:
     }
 
 
+def distill(folder: Path) -> dict[str, Any]:
+    test = arrays(folder)
+    return {
+        "teacher": {"model": "tiny:two_classes"},
+        "model": "resnet20_cifar",
+        "generator": {"batch": 8, "steps": 3, "width": 8},
+        "warmup": 1,
+        "steps": 2,
+        "test": test,
+        "training": {"epochs": 3, "batch": 8, "lr": 0.01, "warmup": 2},
+        "run": {"test_every": 2, "checkpoint_seconds": 0},
+    }
+
+
 def invert_gradients(folder: Path) -> dict[str, Any]:
     Image.fromarray(np.full((30, 30), 90, np.uint8)).save(folder / "gray.png")
     return {
@@ -194,6 +208,7 @@ EXAMPLES = {
     "synthesise": synthesise,
     "relabel": relabel,
     "train-student": train_student,
+    "distill": distill,
     "invert-gradients": invert_gradients,
     "pretrain": pretrain,
     "extract-features": extract_features,

@@ -52,6 +52,10 @@ _TAKEN = ("loss", "label", "batch_norm", "adaptive", "step", "phase")
 """Names in metrics that an extra term cannot have."""
 
 
+Shift = Annotated[int, checks.Range(-4096, 4096)]
+"""Pixels that images are rolled by."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Crop:
     """A random part of the images that a step sees, enlarged to their size.
@@ -95,7 +99,7 @@ class Phase:
 
     steps: Count
     downscale: Count = 1
-    jitter: Natural | tuple[int, int] = 30
+    jitter: Natural | tuple[Shift, Shift] = 30
     tv_l2: NotNegative | None = None
     lr: Positive | None = None
 

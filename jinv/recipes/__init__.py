@@ -13,6 +13,7 @@ RECIPES = (
     "synthesise",
     "relabel",
     "train-student",
+    "distill",
     "pretrain",
     "extract-features",
     "train-shadow-models",

@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 from jinv.recipes import (
     attack_heads,
+    distill,
     evaluate,
     extract_features,
     invert,
@@ -147,6 +148,7 @@ COMMANDS = {
     "pretrain": pretrain.COMMAND,
     "synthesise": synthesise.COMMAND,
     "relabel": relabel.COMMAND,
+    "distill": distill.COMMAND,
     "student": train_student.COMMAND,
     "features": extract_features.COMMAND,
     "shadow": train_shadow_models.COMMAND,
