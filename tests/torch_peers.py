@@ -181,6 +181,65 @@ class CifarResNet(nn.Module):
         return self.linear(functional.avg_pool2d(x, x.shape[2:]).flatten(1))
 
 
+class WideBlock(nn.Module):
+    """Pre-activation; the shortcut starts after the first ReLU where it is a convolution."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, stride=1, padding=1, bias=False)
+        self.equal = inputs == outputs
+        if not self.equal:
+            self.convShortcut = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.equal:
+            x = functional.relu(self.bn1(x))
+            y = self.conv2(functional.relu(self.bn2(self.conv1(x))))
+            return self.convShortcut(x) + y
+        y = functional.relu(self.bn1(x))
+        return x + self.conv2(functional.relu(self.bn2(self.conv1(y))))
+
+
+# Blocks of a stage, and the channels of the three.
+WIDE = {
+    "wrn_16_1": (2, (16, 32, 64)),
+    "wrn_16_2": (2, (32, 64, 128)),
+    "wrn_40_1": (6, (16, 32, 64)),
+    "wrn_40_2": (6, (32, 64, 128)),
+    "wrn_28_10": (4, (160, 320, 640)),
+}
+
+
+class WideResNet(nn.Module):
+    """wresnet.py, for 32 px images; others are averaged over all that is left of them."""
+
+    def __init__(self, name: str, classes: int = 10) -> None:
+        super().__init__()
+        depth, widths = WIDE[name]
+        self.conv1 = nn.Conv2d(3, 16, 3, stride=1, padding=1, bias=False)
+        inputs = 16
+        for number, width in enumerate(widths, 1):
+            stage = nn.Module()
+            blocks = []
+            for i in range(depth):
+                blocks.append(WideBlock(inputs, width, 2 if number > 1 and i == 0 else 1))
+                inputs = width
+            stage.layer = nn.Sequential(*blocks)
+            self.add_module(f"block{number}", stage)
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.fc = nn.Linear(inputs, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x)
+        for stage in (self.block1, self.block2, self.block3):
+            x = stage.layer(x)
+        x = functional.relu(self.bn1(x))
+        return self.fc(functional.avg_pool2d(x, x.shape[2:]).flatten(1))
+
+
 class LeNet(nn.Module):
     """The authors' of Deep Leakage from Gradients, for one gray image of 28 px."""
 
@@ -235,6 +294,8 @@ def build(name: str) -> nn.Module:
             return CifarResNet((3, 4, 6, 3), (64, 128, 256, 512), "B")
         if name == "resnet20_cifar":
             return CifarResNet((3, 3, 3), (16, 32, 64), "A")
+        if name in WIDE:
+            return WideResNet(name)
         return _torchvision(name)
 
 

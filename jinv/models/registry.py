@@ -42,6 +42,7 @@ from jinv.models import (
     squeezenet,
     vgg,
     vgg_small,
+    wide_resnet_cifar,
 )
 from jinv.models.package import Package
 from jinv.net import Net, Variables
@@ -119,6 +120,10 @@ def _resnet(block: type, depths: tuple[int, ...], **kwargs: Any) -> Entry:
 
 def _cifar(depths: tuple[int, ...], **kwargs: Any) -> Entry:
     return Entry(functools.partial(resnet_cifar.ResNet, depths, **kwargs), CIFAR10, 10)
+
+
+def _wrn(depth: int, width: int) -> Entry:
+    return Entry(functools.partial(wide_resnet_cifar.WideResNet, depth, width), CIFAR10, 10)
 
 
 def _vgg(*depths: int, batch_norm: bool = False) -> Entry:
@@ -215,6 +220,11 @@ _REGISTRY: dict[str, Entry] = {
     "resnet18_cifar_slim": _cifar((2, 2, 2, 2), widths=(16, 32, 64, 128)),
     "resnet34_cifar": _cifar((3, 4, 6, 3)),
     "resnet20_cifar": _cifar((3, 3, 3), widths=(16, 32, 64), projection=False),
+    "wrn_16_1": _wrn(16, 1),
+    "wrn_16_2": _wrn(16, 2),
+    "wrn_40_1": _wrn(40, 1),
+    "wrn_40_2": _wrn(40, 2),
+    "wrn_28_10": _wrn(28, 10),
 }
 
 # As torchvision evaluates its own.

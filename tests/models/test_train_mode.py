@@ -35,6 +35,7 @@ OTHERS = (
     "resnet50",
     "squeezenet1_1",
     "vgg11_bn",
+    "wrn_16_2",
 )
 LR, STEPS = 0.01, 5
 # torch divides by 6 in float32 there.

@@ -23,7 +23,7 @@ from PIL import Image
 import network_table
 import weights_convert
 from jinv import checks, image, models
-from jinv.models import layers
+from jinv.models import layers, wide_resnet_cifar
 from jinv.net import Net, Outputs
 from jinv.objective import terms
 from tiny import quick_jit
@@ -106,6 +106,11 @@ PARAMETERS = {
     "resnet18_cifar_slim": 701_466,
     "resnet34_cifar": 21_282_122,
     "resnet20_cifar": 269_722,
+    "wrn_16_1": 175_066,
+    "wrn_16_2": 691_674,
+    "wrn_40_1": 563_930,
+    "wrn_40_2": 2_243_546,
+    "wrn_28_10": 36_479_194,
     "lenet": 13_426,
     "vgg_small": 817_658,
 }
@@ -134,6 +139,7 @@ QUICK = (
     "squeezenet1_1",
     "vgg11_bn",
     "vgg_small",
+    "wrn_16_2",
 )
 # Differ in more than depth and width, but are large: efficientnet_v2_s and vgg11 run nightly.
 EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in PARAMETERS]
@@ -230,7 +236,9 @@ SHAPES = {
 
 def shape_for(name: str) -> tuple[int, ...]:
     """Not square, and large enough that the last layers' moments are of several values."""
-    return SHAPES.get(name, (2, 32, 43, 3) if "cifar" in name else (3, 96, 107, 3))
+    return SHAPES.get(
+        name, (2, 32, 43, 3) if name.startswith("wrn") or "cifar" in name else (3, 96, 107, 3)
+    )
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -332,6 +340,14 @@ def test_random_resnet_starts_with_he_weights() -> None:
         expected = math.sqrt(2 / (9 * weight.shape[3]))
         assert float(weight.std()) == pytest.approx(expected, rel=0.1)
         assert abs(float(weight.mean())) < 0.1 * expected
+
+
+def test_random_wide_resnet_starts_with_biases_of_zero() -> None:
+    """As wresnet.py does; torch draws them for linear layers."""
+    fc = wide_resnet_cifar.WideResNet(10, 1, rngs=nnx.Rngs(0)).fc
+    assert fc.bias is not None
+    assert float(jnp.abs(fc.bias[...]).max()) == 0
+    assert float(fc.weight[...].std()) == pytest.approx(1 / math.sqrt(3 * 64), rel=0.1)
 
 
 def test_bfloat16_images_give_float32_moments_and_logits() -> None:
