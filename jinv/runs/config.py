@@ -167,7 +167,7 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     elif isinstance(value, Mapping) and inner is not None:
         kind = get_args(inner)[1]
         value = {str(k): _value(kind, v, f"{path}.{k}") for k, v in value.items()}
-    elif float in options:
+    elif float in options and not (int in options and isinstance(value, int)):
         value = _number(value)
     single = [option for option in options if dataclasses.is_dataclass(option)]
     if isinstance(value, str) and single:

@@ -54,6 +54,17 @@ def test_numbers_as_people_write_them(tmp_path: Path) -> None:
     assert isinstance(outer.inner.rate, float)
 
 
+@dataclasses.dataclass(frozen=True)
+class Either:
+    number: int | float
+
+
+@pytest.mark.parametrize("value", [3, 3.0, 0.5])
+def test_whole_numbers_stay_whole_where_both_are_taken(value: float) -> None:
+    found = config.build(Either, {"number": value}).number
+    assert (found, type(found)) == (value, type(value))
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [("1e-4", 1e-4), ("-2E+3", -2000.0), ("1_0e2", 1000.0), ("'1e-4'", "1e-4"), ("e4", "e4")],
