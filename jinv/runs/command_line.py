@@ -32,7 +32,7 @@ def main(command: Command, arguments: Sequence[str] | None = None) -> int:
         flags, rest = _flags(command, arguments)
         hardware.check_installed()
         tree = {} if flags.config is None else configs.read_yaml(configs.find(flags.config))
-        variants = _variants(tree)
+        variants = study.take_variants(tree)
         recipe = None if flags.config is None else command.recipe_from(tree)
         config = _override(command, recipe, flags, rest)
         parallel.start(flags.coordinator, flags.processes, flags.process_id)
@@ -61,20 +61,37 @@ def exit_code(function: Callable[[], None], less: str) -> int:
     except KeyboardInterrupt:
         print("stopped; go on with --resume", file=sys.stderr)
         return 130
-    except optimise.NonFiniteError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
-    except (ValueError, OSError, ImportError, FolderError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except MemoryError as error:
-        print(f"error: out of memory: {error} Try {less}", file=sys.stderr)
-        return 4
-    except jax.errors.JaxRuntimeError as error:
-        advice = f" Try {less}" if "RESOURCE_EXHAUSTED" in str(error) else ""
-        print(f"error: the device failed: {str(error).splitlines()[0]}{advice}", file=sys.stderr)
-        return 4
+    except FORESEEN as error:
+        code, told = failure(error, less)
+        print(f"error: {told}", file=sys.stderr)
+        return code
     return 0
+
+
+FORESEEN = (
+    *(optimise.NonFiniteError, ValueError, OSError, ImportError, FolderError, MemoryError),
+    jax.errors.JaxRuntimeError,
+)
+"""What may go wrong in a run."""
+NOT_FINITE = 3
+"""Exit code of a run whose loss is not finite."""
+
+
+def failure(error: Exception, less: str) -> tuple[int, str]:
+    """Return the exit code and the line that tell of what went wrong.
+
+    Args:
+      error: one of the `FORESEEN`.
+      less: what to try if the device's memory does not suffice.
+    """
+    if isinstance(error, optimise.NonFiniteError):
+        return NOT_FINITE, str(error)
+    if isinstance(error, MemoryError):
+        return 4, f"out of memory: {error} Try {less}"
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        advice = f" Try {less}" if "RESOURCE_EXHAUSTED" in str(error) else ""
+        return 4, f"the device failed: {str(error).splitlines()[0]}{advice}"
+    return 2, str(error)
 
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -123,14 +140,6 @@ def _flags(
         if flags.resume or flags.overwrite:
             parser.error("--resume and --overwrite are about a folder: --out FOLDER is missing")
     return flags, rest
-
-
-def _variants(tree: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Take the variants out of a config's tree."""
-    variants = tree.pop("variants", None) or {}
-    if not isinstance(variants, dict) or not all(isinstance(v, dict) for v in variants.values()):
-        raise configs.ConfigError("variants must map names to the keys that are different")
-    return {str(name): changes for name, changes in variants.items()}
 
 
 def _override(

@@ -40,6 +40,18 @@ class Run:
         return " ".join(filter(None, (title(self.variant), *self.folder.split("/")[1:])))
 
 
+def take_variants(tree: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Take the variants out of a config file's tree; return name -> the keys that are different.
+
+    Raises:
+      ConfigError: they are something else.
+    """
+    variants = tree.pop("variants", None) or {}
+    if not isinstance(variants, dict) or not all(isinstance(v, dict) for v in variants.values()):
+        raise configs.ConfigError("variants must map names to the keys that are different")
+    return {str(name): changes for name, changes in variants.items()}
+
+
 def runs(
     command: Command, config: Any, variants: Mapping[str, Mapping[str, Any]] = {}
 ) -> list[Run]:
