@@ -184,6 +184,15 @@ def evaluate(folder: Path) -> dict[str, Any]:
     }
 
 
+def search(folder: Path) -> dict[str, Any]:
+    return {
+        "command": "invert",
+        "base": invert(folder),
+        "score": "top1.tiny:network",
+        "grid": {"seed": [0, 1]},
+    }
+
+
 SMALL = {"lr": 0.05, "init_std": 1e-3}
 
 
@@ -218,4 +227,5 @@ EXAMPLES = {
     "reconstruct": reconstruct,
     "classify": classify,
     "evaluate": evaluate,
+    "search": search,
 }

@@ -22,6 +22,7 @@ RECIPES = (
     "reconstruct",
     "classify",
     "evaluate",
+    "search",
 )
 """Names of the commands that run recipes; each is the `COMMAND` of a file here."""
 

@@ -28,6 +28,7 @@ def plot(
     *,
     title: str = "",
     boundaries: Sequence[int] = (),
+    against: str = "step",
 ) -> bytes:
     """Draw one panel per metric over `steps`, as SVG that follows the reader's light or dark mode.
 
@@ -39,6 +40,7 @@ def plot(
       steps: their numbers.
       title: above all panels.
       boundaries: first steps of new phases, at which dashed lines stand.
+      against: what the steps are; under all panels.
 
     Raises:
       ValueError: a metric has more or fewer values than there are steps.
@@ -60,7 +62,7 @@ def plot(
         for axis in axes[count:]:
             axis.set_axis_off()
         if count:
-            figure.supxlabel("step", color=MUTED, fontsize=8.5)
+            figure.supxlabel(against, color=MUTED, fontsize=8.5)
         else:
             axes[0].text(0.5, 0.5, "no curves recorded", color=MUTED, ha="center")
         for axis, (name, values) in zip(axes, metrics.items(), strict=False):

@@ -22,7 +22,7 @@ from jinv.runs import command_line, config, study
 from jinv.runs.progress import Progress
 from recipe_examples import EXAMPLES
 
-TIMED = ("report.html", "summary.json", "config.yaml")
+TIMED = ("report.html", "summary.json", "config.yaml", "search.csv")
 """Files that say how long a run took, or where its data lay."""
 
 every = pytest.mark.parametrize("name", recipes.RECIPES)

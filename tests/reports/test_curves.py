@@ -78,3 +78,10 @@ def test_a_missing_matplotlib_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install matplotlib"):
         curves.plot({"a": [1.0]}, [0])
+
+
+def test_the_axis_says_what_the_steps_are():
+    assert "step" in labels(curves.plot({"loss": [1.0, 2.0]}, [0, 1]))
+    told = labels(curves.plot({"loss": [1.0, 2.0]}, [0, 1], against="trial"))
+    assert "trial" in told
+    assert "step" not in told

@@ -18,6 +18,7 @@ from jinv.recipes import (
     invert_gradients,
     pretrain,
     relabel,
+    search,
     synthesise,
     train_reconstructor,
     train_shadow_models,
@@ -169,6 +170,7 @@ COMMANDS = {
     "study": attack_heads.COMMAND,
     "gradients": invert_gradients.COMMAND,
     "evaluate": evaluate.COMMAND,
+    "search": search.COMMAND,
 }
 
 
