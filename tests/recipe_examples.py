@@ -61,7 +61,6 @@ def train_student(folder: Path) -> dict[str, Any]:
         "teacher": {"model": "tiny:two_classes"},
         "test": arrays(folder),
         "training": {"epochs": 6, "batch": 8, "lr": 0.01, "warmup": 2, "mix": "mixup"},
-        "size": 28,
         "run": {"test_every": 2},
     }
 
@@ -70,7 +69,7 @@ def distill(folder: Path) -> dict[str, Any]:
     test = arrays(folder)
     return {
         "teacher": {"model": "tiny:two_classes"},
-        "model": "resnet20_cifar",
+        "model": "lenet",
         "generator": {"batch": 8, "steps": 3, "width": 8},
         "warmup": 1,
         "steps": 2,

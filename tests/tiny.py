@@ -100,7 +100,8 @@ def featureless() -> Net:
 
 def two_classes() -> Net:
     """A teacher of two classes."""
-    return network(seed=4, classes=2)
+    space = dataclasses.replace(SPACE, size=28)
+    return network(seed=4, classes=2, space=space)
 
 
 def noise(shape: tuple[int, ...], seed: int = 0) -> Array:

@@ -63,6 +63,16 @@ def lesson(
     return dataset.take(np.concatenate(chosen))
 
 
+def space_of_student(teacher: Preprocessing, channels: int) -> Preprocessing:
+    """Return a teacher's preprocessing for a student of so many channels."""
+    if channels == teacher.channels:
+        return teacher
+    if channels == 1:
+        return teacher.gray()
+    mean, std = teacher.gray().mean, teacher.gray().std
+    return dataclasses.replace(teacher, mean=mean * channels, std=std * channels)
+
+
 def choice_key(seed: int) -> Array:
     """Return the key of the choice of images, of a run's seed."""
     return jax.random.split(jax.random.key(seed))[1]

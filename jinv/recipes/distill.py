@@ -269,7 +269,7 @@ class Distillation(command.Loaded):
         self.teacher = teacher = config.teacher.load()
         space = dataclasses.replace(teacher.preprocessing, resize=None)
         usual = models.entry(config.model).preprocessing
-        seen = space.gray() if usual.channels == 1 else space
+        seen = lessons.space_of_student(space, usual.channels)
         net = models.load(
             config.model, None, classes=teacher.classes, preprocessing=seen, seed=config.seed
         )
@@ -397,7 +397,7 @@ class Distillation(command.Loaded):
             columns = {name: values.tolist() for name, values in chunk.metrics.items()}
             for i, values in enumerate(zip(*columns.values(), strict=True), chunk.start):
                 folder.metrics.add(step=i, **dict(zip(columns, values, strict=True)))
-        shown = chunks[-1].metrics if chunks else {"loss": np.array([np.nan])}
+        shown = chunks[-1].metrics if chunks else {"images": np.array([int(count)])}
         return state._replace(student=student), {k: v[-1:] for k, v in shown.items()}
 
     def _look(self, folder: RunFolder, state: _State, bar: Progress, done: int) -> None:

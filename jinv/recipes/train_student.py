@@ -172,7 +172,7 @@ class Lesson(command.Loaded):
         if space is None:
             return measured(self.train.images, channels)
         space = dataclasses.replace(space, size=size, resize=None)
-        return space.gray() if channels == 1 else space
+        return lessons.space_of_student(space, channels)
 
     def run(self, folder: RunFolder) -> dict[str, Any]:
         """Train and write the results; return the summary (of the main process).
