@@ -8,16 +8,8 @@ import jax
 from flax import nnx
 from jax import Array
 
-from jinv.models.layers import (
-    Conv2d,
-    Linear,
-    Sequential,
-    adaptive_average_pool,
-    dropout,
-    flatten,
-    max_pool,
-    redraw,
-)
+from jinv.models.layers import Conv2d, Linear, Sequential, dropout, flatten, redraw
+from jinv.models.pooling import adaptive_average_pool, max_pool
 
 
 class AlexNet(nnx.Module):

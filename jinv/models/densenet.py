@@ -10,16 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jinv.models.layers import (
-    BatchNorm2d,
-    Conv2d,
-    Layer,
-    Linear,
-    Named,
-    average_pool,
-    max_pool,
-    mean,
-)
+from jinv.models.layers import BatchNorm2d, Conv2d, Layer, Linear, Named, mean
+from jinv.models.pooling import average_pool, max_pool
 
 
 class DenseLayer(nnx.Module):

@@ -14,17 +14,8 @@ from flax import nnx
 from jax import Array
 
 from jinv.models.convolution import Padding
-from jinv.models.layers import (
-    BatchNorm2d,
-    Conv2d,
-    Linear,
-    Named,
-    Sequential,
-    dropout,
-    max_pool,
-    mean,
-    redraw,
-)
+from jinv.models.layers import BatchNorm2d, Conv2d, Linear, Named, Sequential, dropout, mean, redraw
+from jinv.models.pooling import max_pool
 
 # Inputs; channels of the branches: 1x1; reduction and 3x3; reduction and "5x5"; pooled.
 BLOCKS = {

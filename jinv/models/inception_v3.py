@@ -13,7 +13,8 @@ from flax import nnx
 from jax import Array
 
 from jinv.models.googlenet import basic_conv
-from jinv.models.layers import Linear, average_pool, dropout, max_pool, mean, redraw
+from jinv.models.layers import Linear, dropout, mean, redraw
+from jinv.models.pooling import average_pool, max_pool
 
 _pool = functools.partial(max_pool, window=3, stride=2)
 _mean_pool = functools.partial(average_pool, window=3, stride=1, padding=1)

@@ -20,7 +20,6 @@ from jinv.models.layers import (
     Named,
     Sequential,
     SqueezeExcitation,
-    average_pool,
     conv_norm,
     dropout,
     gelu,
@@ -29,6 +28,7 @@ from jinv.models.layers import (
     redraw,
     stochastic_depth,
 )
+from jinv.models.pooling import average_pool
 
 HEAD = 32
 """Channels of an attention head."""

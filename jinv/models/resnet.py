@@ -8,7 +8,8 @@ import jax
 from flax import nnx
 from jax import Array
 
-from jinv.models.layers import BatchNorm2d, Conv2d, Linear, Sequential, conv_norm, max_pool, mean
+from jinv.models.layers import BatchNorm2d, Conv2d, Linear, Sequential, conv_norm, mean
+from jinv.models.pooling import max_pool
 
 
 class BasicBlock(nnx.Module):

@@ -10,16 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jinv.models.layers import (
-    BatchNorm2d,
-    Conv2d,
-    Linear,
-    Sequential,
-    conv_norm,
-    max_pool,
-    mean,
-    stage,
-)
+from jinv.models.layers import BatchNorm2d, Conv2d, Linear, Sequential, conv_norm, mean, stage
+from jinv.models.pooling import max_pool
 
 DEPTHS = (4, 8, 4)
 

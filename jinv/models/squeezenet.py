@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jinv.models.layers import Conv2d, Layer, Sequential, dropout, max_pool, mean, redraw
+from jinv.models.layers import Conv2d, Layer, Sequential, dropout, mean, redraw
+from jinv.models.pooling import max_pool
 
 # Squeezed and expanded channels of the fire modules, each followed by a pooling but the last.
 V1_0 = (((16, 64), (16, 64), (32, 128)), ((32, 128), (48, 192), (48, 192), (64, 256)), ((64, 256),))

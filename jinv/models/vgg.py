@@ -9,17 +9,8 @@ import jax
 from flax import nnx
 from jax import Array
 
-from jinv.models.layers import (
-    BatchNorm2d,
-    Conv2d,
-    Layer,
-    Linear,
-    Sequential,
-    adaptive_average_pool,
-    dropout,
-    flatten,
-    max_pool,
-)
+from jinv.models.layers import BatchNorm2d, Conv2d, Layer, Linear, Sequential, dropout, flatten
+from jinv.models.pooling import adaptive_average_pool, max_pool
 
 _pool = functools.partial(max_pool, window=2, stride=2)
 

@@ -8,15 +8,8 @@ import jax
 from flax import nnx
 from jax import Array
 
-from jinv.models.layers import (
-    Conv2d,
-    Layer,
-    Linear,
-    Sequential,
-    adaptive_average_pool,
-    flatten,
-    max_pool,
-)
+from jinv.models.layers import Conv2d, Layer, Linear, Sequential, flatten
+from jinv.models.pooling import adaptive_average_pool, max_pool
 
 WIDTHS = (32, 64, 128)
 FEATURES = 256

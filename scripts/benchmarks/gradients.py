@@ -41,7 +41,8 @@ from jinv.attacks.gradient_inversion import Attack, Config, Execution
 from jinv.federated import evidence
 from jinv.federated.evidence import Evidence
 from jinv.image import Preprocessing
-from jinv.models.layers import BatchNorm2d, Conv2d, Linear, max_pool
+from jinv.models.layers import BatchNorm2d, Conv2d, Linear
+from jinv.models.pooling import max_pool
 from jinv.net import Net
 
 # What breaching's configuration says, in ours; its Euclidean distance is half the square. The two

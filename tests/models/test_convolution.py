@@ -16,7 +16,7 @@ import torch
 from jax import Array
 
 from jinv import backend
-from jinv.models import convolution, layers
+from jinv.models import convolution, layers, pooling
 from jinv.net import batch_moments
 from tiny import quick_jit
 
@@ -377,7 +377,7 @@ def test_max_pool(
 ) -> None:
     x = np.asarray(_draw((2, *size, 3), 5, "float32"))
     _against_torch(
-        lambda x: layers.max_pool(x, window, stride, padding),
+        lambda x: pooling.max_pool(x, window, stride, padding),
         lambda x: torch.nn.functional.max_pool2d(x, window, stride, padding),
         np.round(x).clip(0) if ties else x,
     )
@@ -385,13 +385,13 @@ def test_max_pool(
 
 def test_max_pool_passes_nan_on() -> None:
     x = jnp.zeros((1, 4, 4, 1)).at[0, 1, 2, 0].set(jnp.nan)
-    assert jnp.isnan(layers.max_pool(x, 2, 2)).sum() == 1
+    assert jnp.isnan(pooling.max_pool(x, 2, 2)).sum() == 1
 
 
 @pytest.mark.parametrize("size", [(7, 7), (4, 4), (3, 10), (14, 9)])
 def test_adaptive_average_pool(size: tuple[int, int]) -> None:
     _against_torch(
-        lambda x: layers.adaptive_average_pool(x, 7),
+        lambda x: pooling.adaptive_average_pool(x, 7),
         lambda x: torch.nn.functional.adaptive_avg_pool2d(x, 7),
         np.asarray(_draw((2, *size, 3), 6, "float32")),
     )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import linen, nnx
 from test_zoo import random_images
 
 import weights_convert
@@ -157,6 +157,32 @@ def test_the_key_decides_what_is_dropped() -> None:
     one, again, other = (
         np.asarray(train(net.variables, images, jax.random.key(seed)).logits) for seed in (1, 1, 2)
     )
+    np.testing.assert_array_equal(one, again)
+    assert (one != other).any(0).all()
+
+
+class LinenDropping(linen.Module):
+    """Dropout of half of all values, with the argument that Linen networks switch it by."""
+
+    @linen.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        ones = jnp.ones((x.shape[0], 8)) + 0 * linen.Dense(8)(x[:, 0, :, 0]).sum()
+        return linen.Dropout(0.5, deterministic=not train)(ones)
+
+
+def test_a_key_switches_dropout_of_linen_networks_on() -> None:
+    module, images = LinenDropping(), jnp.zeros((500, 8, 8, 1))
+    space = models.registry.Preprocessing(size=8, mean=(0.5,), std=(0.5,))
+    variables = module.init(jax.random.key(0), images[:1])
+    net = Net.from_linen(module, variables, space, training={"train": True})
+    train = jax.jit(net.mode(training=True))
+    np.testing.assert_array_equal(train(net.variables, images).logits, 1)
+    np.testing.assert_array_equal(net(images).logits, 1)
+    one, again, other = (
+        np.asarray(train(net.variables, images, jax.random.key(seed)).logits) for seed in (1, 1, 2)
+    )
+    assert set(np.unique(one)) == {0, 2}
+    assert (one > 0).mean() == pytest.approx(0.5, abs=0.05)
     np.testing.assert_array_equal(one, again)
     assert (one != other).any(0).all()
 

@@ -23,7 +23,7 @@ from PIL import Image
 import network_table
 import weights_convert
 from jinv import checks, image, models
-from jinv.models import layers, wide_resnet_cifar
+from jinv.models import layers, pooling, wide_resnet_cifar
 from jinv.net import Net, Outputs
 from jinv.objective import terms
 from tiny import quick_jit
@@ -372,7 +372,7 @@ def test_adaptive_average_pool_equals_torch(height: int, width: int, peers: Modu
     theirs = peers.functional.adaptive_avg_pool2d(
         peers.torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), 7
     )
-    ours = layers.adaptive_average_pool(jnp.asarray(x), 7)
+    ours = pooling.adaptive_average_pool(jnp.asarray(x), 7)
     np.testing.assert_allclose(ours, theirs.numpy().transpose(0, 2, 3, 1), atol=1e-6)
 
 
@@ -386,7 +386,7 @@ def test_max_pool_equals_torch(
     theirs = peers.functional.max_pool2d(
         peers.torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), window, stride, padding
     )
-    ours = layers.max_pool(jnp.asarray(x), window, stride, padding)
+    ours = pooling.max_pool(jnp.asarray(x), window, stride, padding)
     np.testing.assert_array_equal(ours, theirs.numpy().transpose(0, 2, 3, 1))
 
 
