@@ -266,3 +266,26 @@ def test_a_folder_in_use_is_refused_by_both(tmp_path: Path, alone: Path) -> None
     results = together(recipe, alone)
     assert [code for code, _ in results] == [2, 2], results
     assert all("holds a finished run" in text for _, text in results)
+
+
+def test_two_processes_share_the_batches_of_a_data_set(tmp_path: Path) -> None:
+    """The same files as of one process; only one of them writes tables and summary."""
+    tree = {
+        "networks": [{"model": "tiny:network"}],
+        "images_per_class": 2,
+        "batch": 4,
+        "attack": {"warmup": 2, "phases": [{"steps": 6, "jitter": 1}]},
+    }
+    recipe = write(tmp_path, tree)
+    script = "synthesise_dataset"
+    results = together(recipe, tmp_path / "both", script=script)
+    assert [code for code, _ in results] == [0, 0], results
+    process = start(recipe, tmp_path / "one", 0, ([], {}), script=script)
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, text
+    found = {}
+    for name in ("both", "one"):
+        files = [tmp_path / name / "images.csv", *(tmp_path / name / "train").rglob("*.png")]
+        found[name] = {f.relative_to(tmp_path / name): f.read_bytes() for f in files}
+    assert len(found["one"]) == 15
+    assert found["both"] == found["one"]

@@ -309,7 +309,7 @@ class Synthesis(command.Loaded):
             missing=sum((self.wanted - per_class).values()),
             dropped=dict(Counter(row["dropped"] for row in rows if not row["kept"])),
             batches=len(batches),
-            images_per_second=self._rate(len(batches), folder.clock),
+            images_per_second=self._rate(folder.clock),
             top1={name: float(np.mean(right)) for name, right in found.items()},
             confidence={
                 name: float(np.mean([row[f"{name}_probability"] for row in kept]))
@@ -321,10 +321,13 @@ class Synthesis(command.Loaded):
         self._report(folder, summary, list(zip(shown, pictures, strict=True)))
         return command.finish(folder, summary)
 
-    def _rate(self, batches: int, clock: optimise.Clock) -> float:
-        """Return images a second of all devices together; their times are added up in the clock."""
-        workers = self.workers * jax.process_count()
-        return round(workers * batches * self.config.batch / max(clock.stepping, 1e-9), 3)
+    def _rate(self, clock: optimise.Clock) -> float:
+        """Return images a second of all devices together.
+
+        The clock has the batches of this process, and adds up the times of its devices.
+        """
+        each = clock.steps / self.steps * self.config.batch / max(clock.stepping, 1e-9)
+        return round(each * self.workers * jax.process_count(), 3)
 
     def _report(
         self, folder: RunFolder, summary: Summary, shown: Sequence[tuple[dict[str, Any], Any]]
