@@ -199,7 +199,7 @@ class Inversion(command.Loaded):
         self.config = config
         self.members = config.members()
         first = self.members[0].net
-        self.nets = _distinct([m.net for m in self.members], [n.load() for n in config.judges])
+        self.nets = distinct([m.net for m in self.members], [n.load() for n in config.judges])
         self.names = data.class_names(first.classes, config.class_names, first.class_names)
         self.labelled = any(member.weights.label for member in self.members)
         competitor = config.competitor.load() if config.competitor else None
@@ -230,7 +230,7 @@ class Inversion(command.Loaded):
             config.labels, config.images, first.classes, label_key
         )
         for net in self.nets:
-            _check_classes(net, first, self.targets)
+            check_classes(net, first, self.targets)
 
     @property
     def _classes(self) -> list[int]:
@@ -351,7 +351,7 @@ class Inversion(command.Loaded):
         return found
 
 
-def _check_classes(net: Net, first: Net, targets: list[int]) -> None:
+def check_classes(net: Net, first: Net, targets: list[int]) -> None:
     """Raise ValueError if a network has not these classes, or means something else by them."""
     if max(targets) >= net.classes:
         raise ValueError(
@@ -369,8 +369,12 @@ def _check_classes(net: Net, first: Net, targets: list[int]) -> None:
             )
 
 
-def _distinct(inverted: list[Net], judges: list[Net]) -> list[Net]:
-    """Return the inverted networks and the judges; a judge that is inverted too counts once."""
+def distinct(inverted: list[Net], judges: list[Net]) -> list[Net]:
+    """Return the inverted networks and the judges; a judge that is inverted too counts once.
+
+    Raises:
+      ValueError: two networks have one name.
+    """
     nets = [*inverted, *(judge for judge in judges if judge not in inverted)]
     names = [net.name for net in nets]
     if len(set(names)) < len(names):

@@ -45,8 +45,7 @@ from jinv.distill import array_record, plan
 from jinv.distill.class_moments import class_moments
 from jinv.files import sha256, write_atomic
 from jinv.models.network import Network
-from jinv.net import Net
-from jinv.recipes.invert import PRESETS, Objective
+from jinv.recipes.invert import PRESETS, Objective, check_classes, distinct
 from jinv.reports import page
 from jinv.runs import command, hardware
 from jinv.runs import config as configs
@@ -137,7 +136,7 @@ class Summary(command.Summary):
       images: how many were kept.
       per_class: class -> how many were kept.
       missing: how many are wanting, because the filter has dropped them in the last round too.
-      dropped: how many were dropped: "judge", "duplicates".
+      dropped: how many were dropped, by "judge" and as "duplicate".
       batches: how many were optimised.
       images_per_second: optimised, by all devices together, without compilation.
       top1: network -> share of the kept images that it gives their class.
@@ -191,8 +190,9 @@ class Synthesis(command.Loaded):
         others = [network.load() for network in config.judges]
         self._filter = config.filter.judge.load() if config.filter and config.filter.judge else None
         others += [self._filter] if self._filter is not None else []
-        self.nets = list(dict.fromkeys([*inverted, *others]))
-        self._check(self.nets)
+        self.nets = distinct(inverted, list(dict.fromkeys(others)))
+        for net in self.nets:
+            check_classes(net, first, list(self.wanted))
         self.judges = {net.name: judging.make_judge(net) for net in self.nets}
         self._competitor = config.competitor.load() if config.competitor else None
         self._key = jax.random.key(config.seed)
@@ -201,17 +201,6 @@ class Synthesis(command.Loaded):
         self.workers = len(self._attacks)
         self.steps = sum(phase.steps for phase in self._attacks[0].phases)
         self.digits = max(3, len(str(first.classes - 1)))
-
-    def _check(self, nets: Sequence[Net]) -> None:
-        names = [net.name for net in nets]
-        if len(set(names)) < len(names):
-            raise ValueError(f"two networks have one name; give them names: {', '.join(names)}")
-        for net in nets:
-            if max(self.wanted) >= net.classes:
-                raise ValueError(
-                    f"{net.name} knows classes 0 to {net.classes - 1}; it cannot say anything of "
-                    f"class {max(self.wanted)}"
-                )
 
     def _devices(self) -> list[jax.Device | None]:
         """Return the devices that make a batch each; [None] if all share every batch."""
@@ -359,11 +348,15 @@ class Synthesis(command.Loaded):
         )
         body.write(folder.path / "report.html", ending)
 
+    def _name(self, c: int) -> str:
+        """Return the name of a class, which a judge may know more of."""
+        return self.names[c] if c < len(self.names) else f"class {c}"
+
     def _picture(self, row: dict[str, Any], pixels: np.ndarray) -> page.Picture:
         verdicts = tuple(
             page.Verdict(
                 name,
-                self.names[row[name]],
+                self._name(row[name]),
                 row[name],
                 row[f"{name}_highest"],
                 row[name] == row["class"],
@@ -371,7 +364,7 @@ class Synthesis(command.Loaded):
             for name in self.judges
         )
         return page.Picture(
-            pixels, f"{row['class']} {self.names[row['class']]}", row["file"], verdicts
+            pixels, f"{row['class']} {self._name(row['class'])}", row["file"], verdicts
         )
 
 
@@ -411,7 +404,7 @@ class _Work:
         mine = [todo[i::every] for i in share]
         before = len(batches) - len(todo)
         with Progress([Stretch("images", (before + sum(map(len, mine))) * steps)]) as progress:
-            show = _Show(progress, before * steps, self._synthesis.config.batch)
+            show = _Show(progress, before * steps)
             # Without another thread if there is one device: signals come to the main thread.
             if workers == 1:
                 self._make_all(0, mine[0], show, stopping)
@@ -544,10 +537,9 @@ class _Work:
 class _Show:
     """Shows the steps of all batches that are made at once; a callback of `optimise.run`."""
 
-    def __init__(self, progress: Progress, done: int, batch: int) -> None:
+    def __init__(self, progress: Progress, done: int) -> None:
         self._progress = progress
         self._done = done
-        self._batch = batch
         self._lock = threading.Lock()
 
     def __call__(self, chunk: optimise.Chunk) -> None:

@@ -150,7 +150,7 @@ def test_statistics_of_classes_are_measured_on_real_images(tmp_path: Path) -> No
     ("keys", "message"),
     [
         ({"classes": [0, 0]}, "classes names a class twice"),
-        ({"classes": [9]}, "tiny:network knows classes 0 to 6; it cannot say anything of class 9"),
+        ({"classes": [9]}, "tiny:network knows classes 0 to 6; it cannot judge images of class 9"),
         ({"filter": {}}, "filter drops nothing: give it a judge or a distance"),
         ({"filter": {"distance": 0.1, "confidence": 0.5}}, "there is no judge"),
         ({"class_statistics": {"format": "fashion_mnist"}}, "they need order: classes"),
