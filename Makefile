@@ -63,6 +63,7 @@ bench: $(INSTALLED_DEV)  ## Time our steps against PyTorch's.
 	$(BIN)/python scripts/benchmark.py gradients --out out/benchmark_gradients.json
 	$(BIN)/python scripts/benchmark.py shadow --out out/benchmark_shadow.json
 	$(BIN)/python scripts/benchmark.py reconstructor --out out/benchmark_reconstructor.json
+	$(BIN)/python scripts/benchmark.py distillation --out out/benchmark_distillation.json
 	$(BIN)/python scripts/benchmark.py models --out out/benchmark_models.json
 
 # Needs no .venv, which a machine with a GPU may not be able to make: PYTHON=... counts most.
