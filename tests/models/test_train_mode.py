@@ -38,8 +38,8 @@ OTHERS = (
     "wrn_16_2",
 )
 LR, STEPS = 0.01, 5
-# torch divides by 6 in float32 there.
-TOLERANCE = {"mobilenet_v3_small": 1e-4}
+# MobileNetV3: torch divides by 6 in float32. MobileNetV2: rounding grows twentyfold a step.
+TOLERANCE = {"mobilenet_v3_small": 1e-4, "mobilenet_v2": 1e-5}
 SHAPES = {"maxvit_t": (2, 224, 224, 3), "inception_v3": (4, 128, 139, 3)}
 
 
