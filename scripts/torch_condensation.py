@@ -173,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=Path, help="train on these instead of recovering some")
     parser.add_argument("--per-class", type=int, default=10)
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--mirrored", type=float, default=0.5)
+    parser.add_argument("--mirrored", type=float, default=0.0)
     parser.add_argument("--student", default="resnet20_cifar", choices=torch_cifar.NETWORKS)
     parser.add_argument("--epochs", type=int, default=300)
     parser.add_argument("--batch", type=int, default=50)

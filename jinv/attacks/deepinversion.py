@@ -781,7 +781,7 @@ PRESETS: dict[str, Config] = {
     "sre2l": _CONDENSED,
     "sre2l_tiny_imagenet": dataclasses.replace(_CONDENSED, phases=(Phase(4000, jitter=4),), lr=0.1),
     "sre2l_cifar100": dataclasses.replace(
-        _CONDENSED, phases=(Phase(1000, jitter=(0, 4)),), crop=None
+        _CONDENSED, phases=(Phase(1000, jitter=(0, 4)),), crop=None, flip=0.0
     ),
     "cda": dataclasses.replace(_CONDENSED, crop=Crop(easy_to_hard=True)),
 }

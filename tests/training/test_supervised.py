@@ -434,10 +434,10 @@ def test_devices_share_a_batch(run_python: Any) -> None:
     """Four devices with the moments of the whole batch do what one does."""
     code = """
 import dataclasses, json, sys
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/training"]
 import jax, numpy as np
 import tiny
-from test_training import CONFIG, dataset
+from test_supervised import CONFIG, dataset
 from jinv import parallel, training
 from jinv.data import Dataset
 
