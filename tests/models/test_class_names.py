@@ -116,7 +116,7 @@ def test_networks_that_mean_other_things_by_a_class_do_not_judge_each_other(
         networks.append(Network("resnet18_cifar_slim", path, name=name))
     mine = invert.Inverted("resnet18_cifar_slim", networks[0].weights, name="mine")
     phases = (deepinversion.Phase(1, jitter=1),)
-    config = invert.Config((mine,), (networks[1],), images=2, labels=(3, 9))
+    config = invert.Config((mine,), judges=(networks[1],), images=2, labels=(3, 9))
     config = dataclasses.replace(config, attack=deepinversion.Config(phases=phases))
     with pytest.raises(ValueError, match="class 9 is 'kind j' to mine, but 'dress' to other"):
         invert.Inversion(config)

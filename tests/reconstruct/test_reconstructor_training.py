@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import Mesh
 
 from jinv import optimise, training
+from jinv.net import with_parameters
 from jinv.reconstruct import losses, network
 from jinv.reconstruct import training as reconstruction
 from jinv.reconstruct.normalisation import Normalisation
@@ -126,7 +127,7 @@ def test_a_step_is_the_loss_of_the_next_shadow_models(world: World, told: bool) 
 
     def loss(parameters: Any) -> Any:
         variables = {**state.variables}
-        merged = training.with_parameters(variables, parameters)
+        merged = with_parameters(variables, parameters)
         found, _ = net.train_apply(merged, jnp.asarray(x, jnp.float32), labels)
         return losses.set_loss(found, truth, members).mean(), found
 
