@@ -522,11 +522,11 @@ def parameters(net: Net, variables: Variables | None = None) -> dict[Any, Any]:
     """Return the variables that gradients change in training: no statistics, no constants."""
     statistics = {path for pair in net.statistics for path in pair}
 
-    def chosen(tree: Variables, path: Path, within: bool) -> dict[Any, Any]:
+    def chosen(tree: Variables, path: Path, inside: bool) -> dict[Any, Any]:
         kept = {}
         for key, value in tree.items():
             here = (*path, key)
-            learned = within or here in (net.trained or ())
+            learned = inside or here in (net.trained or ())
             if isinstance(value, Mapping):
                 inner = chosen(value, here, learned)
                 if inner:
@@ -556,19 +556,26 @@ def as_parameters(net: Net, values: Parameters) -> dict[Any, Any]:
     of_linen = net.trained == frozenset({("params",)})
     if of_linen and "params" not in tree:
         tree = {"params": tree}
-    return _without(tree, {path for pair in net.statistics for path in pair})
+    statistics = {path for pair in net.statistics for path in pair}
+    return within(tree, lambda path: path not in statistics)
 
 
-def _without(tree: Variables, paths: set[Path], path: Path = ()) -> dict[Any, Any]:
-    """A tree without some of its leaves, and without what is empty then."""
+def within(tree: Variables, chosen: Callable[[Path], bool], path: Path = ()) -> dict[Any, Any]:
+    """Return the leaves of a tree whose path is chosen, without what is empty then.
+
+    Args:
+      tree: of variables, or a part of them.
+      chosen: path of a leaf -> whether it stays.
+      path: of the tree in a larger one.
+    """
     kept: dict[Any, Any] = {}
     for key, value in tree.items():
         here = (*path, key)
         if isinstance(value, Mapping):
-            inner = _without(value, paths, here)
+            inner = within(value, chosen, here)
             if inner:
                 kept[key] = inner
-        elif here not in paths:
+        elif chosen(here):
             kept[key] = value
     return kept
 

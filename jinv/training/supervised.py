@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -34,10 +34,10 @@ from jinv.net import (
     Net,
     Outputs,
     Parameters,
-    Path,
     Variables,
     parameters,
     with_parameters,
+    within,
 )
 from jinv.objective.terms import cross_entropy
 from jinv.training.statistics import with_statistics
@@ -157,25 +157,11 @@ def learned(net: Net, variables: Variables, learns: Learns) -> dict[Any, Any]:
     if learns == "head":
         if net.head is None:
             raise ValueError(f"{net.name} has no head: it ends in no linear layer")
-        return _within(every, lambda path: path[: len(net.head or ())] == net.head)
+        return within(every, lambda path: path[: len(net.head or ())] == net.head)
     layers = {mean[:-1] for mean, _ in net.statistics}
     # Linen keeps a layer's parameters apart from its statistics.
     layers |= {("params", *layer[1:]) for layer in layers if layer[0] == "batch_stats"}
-    return _within(every, lambda path: path[:-1] not in layers)
-
-
-def _within(tree: Variables, chosen: Callable[[Path], bool], path: Path = ()) -> dict[Any, Any]:
-    """The leaves of a tree whose path is chosen."""
-    kept: dict[Any, Any] = {}
-    for key, value in tree.items():
-        here = (*path, key)
-        if isinstance(value, Mapping):
-            inner = _within(value, chosen, here)
-            if inner:
-                kept[key] = inner
-        elif chosen(here):
-            kept[key] = value
-    return kept
+    return within(every, lambda path: path[:-1] not in layers)
 
 
 def init(net: Net, optimizer: optax.GradientTransformation, learns: Learns = "all") -> State:
