@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,14 +43,11 @@ def class_moments(net: Net, dataset: Dataset, batch: int = 128) -> tuple[Moments
         alone = jax.vmap(lambda one: net.apply(variables, one[None]).moments)(seen)
         # Padding has the label -1, whose row is all zeros.
         member = jax.nn.one_hot(labels, net.classes, axis=0)
-        return [Moments(member @ m.mean, member @ (m.var + jnp.square(m.mean))) for m in alone]
+        add = functools.partial(jnp.matmul, member, precision="highest")
+        return [Moments(add(m.mean), add(m.var + jnp.square(m.mean))) for m in alone]
 
     total: list[Moments] | None = None
-    for start in range(0, len(dataset), batch):
-        images = dataset.images[start : start + batch]
-        missing = batch - len(images)
-        images = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))
-        of = np.pad(labels[start : start + batch], (0, missing), constant_values=-1)
+    for images, of in training.padded(dataset, batch):
         found = sums(net.variables, images, of)
         total = found if total is None else jax.tree.map(jnp.add, total, found)
     assert total is not None

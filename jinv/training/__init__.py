@@ -17,6 +17,7 @@ from jinv.training.supervised import (
     make_accuracy,
     make_optimizer,
     make_step,
+    padded,
     run,
 )
 from jinv.training.views import View, Views, augment, make_view, normalised, shown
@@ -42,6 +43,7 @@ __all__ = [
     "make_step",
     "make_view",
     "normalised",
+    "padded",
     "run",
     "shown",
     "with_moments",

@@ -347,6 +347,22 @@ def abstract_state(net: Net, config: Config, mesh: Mesh) -> State:
     )
 
 
+def padded(dataset: Dataset, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield all images and labels, batch after batch; what the last one lacks is labelled -1.
+
+    Args:
+      dataset: the images, at least one.
+      batch: images of every batch, so that one program serves all.
+    """
+    for start in range(0, len(dataset), batch):
+        images = dataset.images[start : start + batch]
+        labels = dataset.labels[start : start + batch]
+        missing = batch - len(images)
+        images = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))
+        rest = ((0, 0),) * (labels.ndim - 1)
+        yield images, np.pad(labels, ((0, missing), *rest), constant_values=-1)
+
+
 def make_accuracy(net: Net, mesh: Mesh, batch: int) -> Callable[[Variables, Dataset], float]:
     """A compiled `(variables, dataset) -> accuracy`, see `Info`."""
 
@@ -356,16 +372,9 @@ def make_accuracy(net: Net, mesh: Mesh, batch: int) -> Callable[[Variables, Data
 
     def accuracy(variables: Variables, dataset: Dataset) -> float:
         count = 0
-        for start in range(0, len(dataset), batch):
-            images = dataset.images[start : start + batch]
-            labels = dataset.labels[start : start + batch]
-            missing = batch - len(images)  # the last batch runs the same program
-            images = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))
-            rest = ((0, 0),) * (labels.ndim - 1)
-            labels = np.pad(labels, ((0, missing), *rest), constant_values=-1)
-            count += int(
-                parallel.fetch(right(variables, *parallel.put(mesh, _BATCH, (images, labels))))
-            )
+        for images_and_labels in padded(dataset, batch):
+            laid = parallel.put(mesh, _BATCH, images_and_labels)
+            count += int(parallel.fetch(right(variables, *laid)))
         return count / dataset.labels.size
 
     return accuracy
