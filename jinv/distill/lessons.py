@@ -17,7 +17,9 @@ from jinv import data, files, training
 from jinv.data import Dataset
 from jinv.files import write_atomic
 from jinv.image import Preprocessing
+from jinv.net import Net
 from jinv.runs import config as configs
+from jinv.runs import training_run
 
 INDEX, LOGITS = "labels.json", "logits.npy"
 
@@ -47,8 +49,8 @@ def lesson(
     if found.has_attributes:
         raise ValueError("a student learns classes; these images have attributes")
     numbers, how = data.class_indices(found.classes, classes, names, network)
-    usual = found.classes if how == "order" else [f"class {i}" for i in range(classes)]
-    told = tuple(names or usual)
+    usual = names or (found.classes if how == "order" else None)
+    told = tuple(data.class_names(classes, None, usual))
     dataset = Dataset(found.images, numbers[found.labels], told)
     if each is None:
         return dataset
@@ -73,9 +75,34 @@ def space_of_student(teacher: Preprocessing, channels: int) -> Preprocessing:
     return dataclasses.replace(teacher, mean=mean * channels, std=std * channels)
 
 
-def choice_key(seed: int) -> Array:
-    """Return the key of the choice of images, of a run's seed."""
-    return jax.random.split(jax.random.key(seed))[1]
+def accuracy(teacher: Net | None, test: Dataset | None, phase: training_run.Phase) -> float | None:
+    """Return a teacher's share of right test images; None where either is missing.
+
+    Args:
+      teacher: the network.
+      test: real images.
+      phase: the student's training, whose devices and batch serve.
+    """
+    if teacher is None or test is None:
+        return None
+    share = training.make_accuracy(teacher, phase.mesh, phase.config.batch)
+    return share(teacher.variables, test)
+
+
+def said(summary: Mapping[str, Any]) -> str:
+    """Say how good a student is, beside its teacher."""
+    if summary["test_accuracy"] is None:
+        return f"{summary['model']} has learned {summary['images']} images"
+    told = f"test accuracy {summary['test_accuracy']:.4f}"
+    if summary["teacher_accuracy"] is None:
+        return told
+    return f"{told}; its teacher's {summary['teacher_accuracy']:.4f}"
+
+
+def keys(seed: int) -> tuple[Array, Array]:
+    """Return the key of a run's training and that of the choice of images, of its seed."""
+    run_key, choice_key = jax.random.split(jax.random.key(seed))
+    return run_key, choice_key
 
 
 def fingerprint(dataset: Dataset) -> str:
@@ -129,7 +156,7 @@ class Plan:
     @property
     def key(self) -> Array:
         """The key of the run, for `training.run`."""
-        return jax.random.split(jax.random.key(self.seed))[0]
+        return keys(self.seed)[0]
 
     def steps(self, images: int) -> int:
         """Return how many steps so many images make."""

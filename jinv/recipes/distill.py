@@ -1,6 +1,6 @@
 """Train a student from a teacher's weights alone: images are made for it while it learns.
 
-    jinv distill --config distill_fashion_mnist --out out/student --teacher.weights out/teacher
+    jinv distill --config distill_nayer_cifar100 --out out/student --teacher.weights out/teacher
     jinv distill --config ... --out out/student --resume
 
 Every round makes a batch of images, adds them to a pool on the device, and takes some steps of the
@@ -77,7 +77,7 @@ class Inversion:
 
 @checks.todays_keywords
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(training_run.Options):
     """How a run goes; nothing here changes its result.
 
     Attributes:
@@ -85,11 +85,7 @@ class Options:
       checkpoint_seconds: time between checkpoints.
     """
 
-    test_every: Count = 1
     checkpoint_seconds: checks.NotNegative = 60.0
-
-    def __post_init__(self) -> None:
-        checks.fields(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +155,7 @@ class Made(NamedTuple):
     """A round's images.
 
     Attributes:
-      pixels: (B, H, W, C) in [0, 1].
+      pixels: (B, H, W, C), not clipped.
       targets: (B,) classes.
       memory: what the next round needs.
     """
@@ -233,8 +229,7 @@ class _Inverted:
             attack = attack.with_competitor(student)
         noise = attack.initial(noise_key)
         state = optimise.run(attack.phases, run_key, noise, attack.data, **how)
-        pixels = image.denormalise(state.best_images, attack.space)
-        return Made(jnp.clip(pixels, 0, 1), targets, memory)
+        return Made(image.denormalise(state.best_images, attack.space), targets, memory)
 
 
 class _State(NamedTuple):
@@ -245,7 +240,6 @@ class _State(NamedTuple):
       memory: of the synthesiser.
       images: the pool, bytes (rounds * B, H, W, C), filled from the front.
       labels: of the pool.
-      key: of the run.
     """
 
     student: training.State
@@ -274,7 +268,7 @@ class Distillation(command.Loaded):
             config.model, None, classes=teacher.classes, preprocessing=seen, seed=config.seed
         )
         self.test: Dataset | None = None
-        names = teacher.class_names or tuple(f"class {i}" for i in range(teacher.classes))
+        names = tuple(data.class_names(teacher.classes, None, teacher.class_names))
         if config.test is not None:
             real, known = config.test.load("test", space.size), teacher.class_names
             self.test = lessons.lesson(real, teacher.classes, known, network=teacher.name)
@@ -423,17 +417,11 @@ class Distillation(command.Loaded):
         phase = training_run.Phase(
             "student", self.steps, config.training, self._keys[2], self.mesh, config.steps, 0
         )
-        known = None
-        if self.test is not None:
-            batch = config.training.batch
-            known = training.make_accuracy(self.teacher, self.mesh, batch)(
-                self.teacher.variables, self.test
-            )
         summary = Summary(
             **command.shared(folder, hardware.of_mesh(self.mesh)),
             **training_run.write(folder, self.net, student, [phase], pool, self.test),
             teacher=self.teacher.name,
-            teacher_accuracy=known,
+            teacher_accuracy=lessons.accuracy(self.teacher, self.test, phase),
             method=self.method,
             synthesis_seconds=round(synthesis.stepping, 3),
             distillation=configs.plain(config.distillation),
@@ -475,16 +463,6 @@ def _show(folder: RunFolder, images: np.ndarray, done: int) -> None:
     page.write_png(grid, image.grid(images))
 
 
-def _say(summary: dict[str, Any]) -> str:
-    """Say how good the student is, beside its teacher."""
-    if summary["test_accuracy"] is None:
-        return f"{summary['model']} has learned {summary['images']} images"
-    return (
-        f"test accuracy {summary['test_accuracy']:.4f}; its teacher's "
-        f"{summary['teacher_accuracy']:.4f}"
-    )
-
-
 COMMAND = command.Command(
     name="distill",
     about=str(__doc__),
@@ -492,6 +470,6 @@ COMMAND = command.Command(
     load=Distillation,
     summary=Summary,
     files=(*training_run.FILES, "train.npz", "grid.png", "progress/"),
-    say=_say,
+    say=lessons.said,
     less="a smaller batch of the generator, the inversion or the training",
 )

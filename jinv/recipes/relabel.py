@@ -108,7 +108,7 @@ class Relabelling(command.Loaded):
             self.teacher.classes,
             self.teacher.class_names,
             each=config.images_per_class,
-            key=lessons.choice_key(config.seed),
+            key=lessons.keys(config.seed)[1],
             network=self.teacher.name,
         )
         self.plan = lessons.Plan.of(self.images, config.seed, size, config.training)

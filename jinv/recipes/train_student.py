@@ -32,26 +32,10 @@ from jinv.distill import lessons, soft_labels
 from jinv.image import Preprocessing
 from jinv.models import registry
 from jinv.models.network import Network
-from jinv.net import Net
 from jinv.recipes.pretrain import measured
 from jinv.runs import command, hardware, training_run
 from jinv.runs import config as configs
 from jinv.runs.run_folder import FolderError, RunFolder
-
-
-@checks.todays_keywords
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """How a run goes; nothing here changes its result.
-
-    Attributes:
-      test_every: epochs between two tests.
-    """
-
-    test_every: Count = 1
-
-    def __post_init__(self) -> None:
-        checks.fields(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +68,7 @@ class Config:
     seed: Seed = 0
     distillation: soft_labels.Config = dataclasses.field(default_factory=soft_labels.Config)
     training: training.Config = dataclasses.field(default_factory=training.Config)
-    run: Options = dataclasses.field(default_factory=Options)
+    run: training_run.Options = dataclasses.field(default_factory=training_run.Options)
 
     def __post_init__(self) -> None:
         checks.fields(self)
@@ -135,12 +119,13 @@ class Lesson(command.Loaded):
         found = config.data.load("train", size)
         classes = classes or len(found.classes)
         network = self.teacher.name if self.teacher else "the teacher"
+        key, choice_key = lessons.keys(config.seed)
         self.train = lessons.lesson(
             found,
             classes,
             names,
             each=config.images_per_class,
-            key=lessons.choice_key(config.seed),
+            key=choice_key,
             network=network,
         )
         self.test = None
@@ -150,11 +135,10 @@ class Lesson(command.Loaded):
         seen = self._preprocessing(space, size, usual.channels)
         net = models.load(config.model, None, classes=classes, preprocessing=seen, seed=config.seed)
         self.net = dataclasses.replace(net, class_names=self.train.classes)
-        plan = lessons.Plan.of(self.train, config.seed, seen, config.training)
-        self.phases = training_run.phases([("student", config.training, plan.key)], len(self.train))
+        self.phases = training_run.phases([("student", config.training, key)], len(self.train))
         self._labels = labels if config.distillation.soft else None
         if self._labels is not None:
-            self._labels.check(plan)
+            self._labels.check(lessons.Plan.of(self.train, config.seed, seen, config.training))
 
     def _known(
         self, labels: lessons.Labels | None
@@ -204,32 +188,15 @@ class Lesson(command.Loaded):
     def _write(self, folder: RunFolder, variables: Mapping[Any, Any]) -> dict[str, Any]:
         """Write weights, names of classes, curves; the summary last."""
         config, teacher = self.config, self.teacher
-        known = None if teacher is None or self.test is None else self._accuracy(teacher)
         summary = Summary(
             **command.shared(folder, hardware.of_mesh(self.phases[0].mesh)),
             **training_run.write(folder, self.net, variables, self.phases, self.train, self.test),
             teacher=None if teacher is None else teacher.name,
-            teacher_accuracy=known,
+            teacher_accuracy=lessons.accuracy(teacher, self.test, self.phases[0]),
             data=configs.plain(config.data),
             distillation=configs.plain(config.distillation),
         )
         return command.finish(folder, summary)
-
-    def _accuracy(self, teacher: Net) -> float:
-        assert self.test is not None
-        phase = self.phases[0]
-        accuracy = training.make_accuracy(teacher, phase.mesh, phase.config.batch)
-        return accuracy(teacher.variables, self.test)
-
-
-def _say(summary: dict[str, Any]) -> str:
-    """Say how good the student is, beside its teacher."""
-    if summary["test_accuracy"] is None:
-        return f"{summary['model']} has learned {summary['images']} images"
-    said = f"test accuracy {summary['test_accuracy']:.4f}"
-    if summary["teacher_accuracy"] is None:
-        return said
-    return f"{said}; its teacher's {summary['teacher_accuracy']:.4f}"
 
 
 COMMAND = command.Command(
@@ -239,6 +206,6 @@ COMMAND = command.Command(
     load=Lesson,
     summary=Summary,
     files=training_run.FILES,
-    say=_say,
+    say=lessons.said,
     less="--training.batch with fewer images",
 )

@@ -13,7 +13,8 @@ from jax import Array
 from jax.sharding import Mesh
 
 import weights_convert
-from jinv import optimise, parallel, training
+from jinv import checks, optimise, parallel, training
+from jinv.checks import Count
 from jinv.data import Dataset
 from jinv.files import sha256, write_atomic
 from jinv.models.trained import CLASSES, WEIGHTS
@@ -30,6 +31,21 @@ CHECKPOINT_SECONDS = 60.0
 
 FILES = (WEIGHTS, CLASSES, "curves.svg", "metrics.csv", "scores.csv")
 """What every run of a training writes besides its config and summary."""
+
+
+@checks.todays_keywords
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a run goes; nothing here changes its result.
+
+    Attributes:
+      test_every: epochs between two tests.
+    """
+
+    test_every: Count = 1
+
+    def __post_init__(self) -> None:
+        checks.fields(self)
 
 
 class Phase(NamedTuple):
