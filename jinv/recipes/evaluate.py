@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import csv
 import dataclasses
-import io
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +32,7 @@ from jax.sharding import PartitionSpec
 
 from jinv import checks, data, files, optimise, parallel, training
 from jinv.checks import Count, File
-from jinv.files import write_atomic
+from jinv.files import csv_text, write_atomic
 from jinv.image import Preprocessing
 from jinv.models import registry
 from jinv.models.network import WORDS, Network
@@ -571,19 +569,19 @@ class Evaluation(command.Loaded):
 
     def _table(self, seen: Mapping[str, Predictions], names: Mapping[str, Sequence[str]]) -> bytes:
         """Return predictions.csv: a row an image."""
-        lines = io.StringIO()
-        table = csv.writer(lines, lineterminator="\n")
         told = ("class", "name", "probability", "right")
-        table.writerow(["image", "label", *(f"{name} {key}" for name in seen for key in told)])
+        rows: list[list[Any]] = [
+            ["image", "label", *(f"{name} {key}" for name in seen for key in told)]
+        ]
         for i, label in enumerate(self.images.labels):
             row = [self.images.name(i), self.images.classes[label]]
             for name, said in seen.items():
                 given = int(said.top[i, 0])
                 right = int(given == self.matched[name][0][label])
                 row += [given, names[name][given], f"{said.probabilities[i, given]:.6g}", right]
-            table.writerow(row)
+            rows.append(row)
         # A file name need not be UTF-8.
-        return lines.getvalue().encode(errors="surrogateescape")
+        return csv_text(rows).encode(errors="surrogateescape")
 
 
 _SCORES = (

@@ -37,7 +37,7 @@ import jax
 
 from jinv import checks, parallel, recipes
 from jinv.checks import Count, Seed, Some, Word
-from jinv.files import write_atomic
+from jinv.files import csv_text, write_atomic
 from jinv.reports import page
 from jinv.reports import search as report
 from jinv.runs import command, command_line, hardware, lock, points, processes, study
@@ -450,14 +450,12 @@ class Search(command.Loaded):
         report.make(found, folder.path).write(folder.path / "report.html", ending)
 
     def _write_table(self, folder: RunFolder, trials: list[Trial]) -> None:
-        text = io.StringIO()
-        lines = csv.writer(text, lineterminator="\n")
-        lines.writerow(self._columns)
+        rows: list[list[Any]] = [self._columns]
         for t in trials:
             values = [_cell(t.values[key]) for key in self._keys]
             numbers = ["" if v is None else v for v in (t.score, t.seconds)]
-            lines.writerow([t.number, *values, *numbers, t.folder, t.status, t.reason])
-        write_atomic(folder.path / TABLE, text.getvalue())
+            rows.append([t.number, *values, *numbers, t.folder, t.status, t.reason])
+        write_atomic(folder.path / TABLE, csv_text(rows))
 
     @property
     def _keys(self) -> list[str]:
