@@ -20,30 +20,27 @@ Datasets keep it.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
 import hashlib
-import io
 import json
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
 from jinv import checks, data, image, optimise, parallel
 from jinv.attacks.deepinversion import Attack
 from jinv.checks import Class, Count, NotNegative, Seed, Share, Some
-from jinv.distill import array_record, plan
+from jinv.distill import array_record, lessons, plan
 from jinv.distill.class_moments import class_moments
-from jinv.files import sha256, write_atomic
+from jinv.files import csv_text, write_atomic
 from jinv.models.network import Network
 from jinv.recipes.invert import PRESETS, Objective, check_classes, distinct
 from jinv.reports import page
@@ -178,6 +175,7 @@ class Synthesis(command.Loaded):
         first = self.members[0].net
         if config.class_statistics is not None:
             real = config.class_statistics.load("train", first.preprocessing.size)
+            real = lessons.lesson(real, first.classes, first.class_names, network=first.name)
             self.members = [
                 dataclasses.replace(m, class_moments=class_moments(m.net, real))
                 for m in self.members
@@ -258,7 +256,7 @@ class Synthesis(command.Loaded):
         return summary
 
     def make(self, worker: int, batch: plan.Batch, **how: Any) -> tuple[jax.Array, jax.Array]:
-        """Return a batch's images (B, H, W, C) as pixels in [0, 1], and its loss.
+        """Return a batch's images (B, H, W, C) as pixels, not clipped, and its loss.
 
         Args:
           worker: which of this process's attacks makes it.
@@ -269,8 +267,7 @@ class Synthesis(command.Loaded):
         run_key, noise_key = jax.random.split(jax.random.fold_in(self._key, batch.number))
         images = attack.initial(noise_key)
         state = optimise.run(attack.phases, run_key, images, attack.data, **how)
-        pixels = image.denormalise(state.best_images, attack.space)
-        return jnp.clip(pixels, 0, 1), state.best_loss
+        return image.denormalise(state.best_images, attack.space), state.best_loss
 
     def _write(
         self, folder: RunFolder, work: _Work, batches: Sequence[plan.Batch]
@@ -281,7 +278,8 @@ class Synthesis(command.Loaded):
         if not kept:
             raise ValueError(f"the filter has dropped all {len(rows)} images: ask for less")
         write_atomic(folder.path / "classes.txt", "\n".join(self.names) + "\n")
-        write_atomic(folder.path / "images.csv", _csv(rows))
+        table = [[*rows[0]], *([*row.values()] for row in rows)]
+        write_atomic(folder.path / "images.csv", csv_text(table))
         if self.config.array_record:
             channels = self._attacks[0].space.channels
             array_record.write(folder.path / "tfds", folder.path / _TRAIN, self.names, channels)
@@ -304,8 +302,8 @@ class Synthesis(command.Loaded):
                 name: float(np.mean([row[f"{name}_probability"] for row in kept]))
                 for name in self.judges
             },
-            loss=float(np.mean([work.read(batch)["loss"] for batch in batches])),
-            fingerprint=_fingerprint(folder.path, [row["file"] for row in kept]),
+            loss=float(np.mean(work.losses)),
+            fingerprint=work.fingerprint({row["file"] for row in kept}),
         )
         self._report(folder, summary, list(zip(shown, pictures, strict=True)))
         return command.finish(folder, summary)
@@ -373,10 +371,13 @@ class _Work:
 
     Attributes:
       kept: class -> number of images, after the rounds that were counted.
+      losses: of the batches of these rounds.
     """
 
     def __init__(self, synthesis: Synthesis, folder: RunFolder) -> None:
         self.kept: Counter[int] = Counter()
+        self.losses: list[float] = []
+        self._digests: dict[str, str] = {}
         self._synthesis = synthesis
         self._folder = folder
         self._duplicates: set[str] = set()
@@ -390,7 +391,7 @@ class _Work:
         """Return the file that says what a batch gave; it is there once the images are."""
         return self._folder.path / _BATCHES / f"{batch.number:06d}.json"
 
-    def read(self, batch: plan.Batch) -> dict[str, Any]:
+    def _read(self, batch: plan.Batch) -> dict[str, Any]:
         """Return what a batch gave."""
         return json.loads(self.file(batch).read_text())
 
@@ -455,12 +456,13 @@ class _Work:
                 else None
             )
         named = {file: seen[i] for i, file in enumerate(files) if file is not None}
-        page.write_pngs(self._folder.path, named)
+        digests = page.write_pngs(self._folder.path, named)
         rows = np.arange(wanted)
         told = {
             "loss": float(loss),
             "classes": batch.targets[:wanted],
             "files": files,
+            "sha256": [digests.get(file) if file else None for file in files],
             "networks": {
                 name: {
                     "class": found.index[:wanted].tolist(),
@@ -509,13 +511,26 @@ class _Work:
         """Count what a round has given."""
         if self._told(number).exists():
             self._duplicates |= set(json.loads(self._told(number).read_text()))
-        self.kept += Counter(
-            row["class"] for batch in batches for row in self.rows(batch) if row["kept"]
-        )
+        for batch in batches:
+            told = self._read(batch)
+            self.losses.append(told["loss"])
+            for target, file, digest in zip(
+                told["classes"], told["files"], told["sha256"], strict=True
+            ):
+                if file is not None:
+                    self._digests[file] = digest
+                    self.kept[target] += file not in self._duplicates
+
+    def fingerprint(self, files: Collection[str]) -> str:
+        """Return the sha256 of names and contents of images that were counted."""
+        digest = hashlib.sha256()
+        for file in sorted(files):
+            digest.update(f"{file} {self._digests[file]}\n".encode())
+        return digest.hexdigest()
 
     def rows(self, batch: plan.Batch) -> list[dict[str, Any]]:
         """Return a batch's images, each as a row of images.csv."""
-        told = self.read(batch)
+        told = self._read(batch)
         rows = []
         for i, (target, file) in enumerate(zip(told["classes"], told["files"], strict=True)):
             dropped = "judge" if file is None else "duplicate" if file in self._duplicates else ""
@@ -553,14 +568,6 @@ def _rounded(values: np.ndarray) -> list[float]:
     return [round(float(value), 6) for value in values]
 
 
-def _csv(rows: Sequence[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
 def _spread(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     """Return so many rows at most, as many of every class as fit, class by class."""
     order: dict[int, list[dict[str, Any]]] = {}
@@ -568,13 +575,6 @@ def _spread(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
         order.setdefault(row["class"], []).append(row)
     each = max(1, count // len(order))
     return [row for c in sorted(order)[:count] for row in order[c][:each]]
-
-
-def _fingerprint(folder: Path, files: Sequence[str]) -> str:
-    digest = hashlib.sha256()
-    for file in sorted(files):
-        digest.update(f"{file} {sha256(folder / file)}\n".encode())
-    return digest.hexdigest()
 
 
 def _say(summary: dict[str, Any]) -> str:
