@@ -7,11 +7,12 @@ respect to images and to weights.
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 
 from jinv import backend
 
@@ -45,6 +46,8 @@ def convolve(
             return depthwise(x, weight, stride, pads)
     elif use.grouped == "split":
         return split(x, weight, stride, pads, groups)
+    if groups == 1 and use.images == "in_parts" and len(x) > _PART:
+        return in_parts(x, weight, stride, pads)
     return direct(x, weight, stride, pads, groups)
 
 
@@ -63,6 +66,41 @@ def direct(x: Array, weight: Array, stride: int, pads: Pads, groups: int) -> Arr
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
     )
+
+
+_PART = 32
+"""Images over which XLA sums a gradient of weights at once on a CPU. It first lays their pixels
+side by side, which takes more than twice as long for 128 images as for four times 32."""
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def in_parts(x: Array, weight: Array, stride: int, pads: Pads) -> Array:
+    """`direct`, with the gradient of the weights as a sum over parts of the images.
+
+    Differentiable in any mode, to any order; without the weights' gradient it is `direct`.
+
+    Args:
+      x, weight, stride, pads: see `direct`.
+    """
+    return direct(x, weight, stride, pads, 1)
+
+
+def _in_parts_jvp(
+    stride: int, pads: Pads, primals: tuple[Array, Array], tangents: tuple[Any, Any]
+) -> tuple[Array, Array]:
+    x, weight = primals
+    of_images, of_weight = tangents
+    y = in_parts(x, weight, stride, pads)
+    tangent = jnp.zeros_like(y)
+    if not isinstance(of_images, SymbolicZero):
+        tangent += in_parts(of_images, weight, stride, pads)
+    if not isinstance(of_weight, SymbolicZero):
+        parts = [x[i : i + _PART] for i in range(0, len(x), _PART)]
+        tangent += jnp.concatenate([direct(part, of_weight, stride, pads, 1) for part in parts])
+    return y, tangent
+
+
+in_parts.defjvp(_in_parts_jvp, symbolic_zeros=True)
 
 
 def split(x: Array, weight: Array, stride: int, pads: Pads, groups: int) -> Array:

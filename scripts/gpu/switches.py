@@ -144,22 +144,31 @@ def of_numbers(tiny: bool) -> Made:
     yield f"normal numbers {shape}", "float32", make
 
 
-def of_learning(tiny: bool) -> Made:
-    """The gradient of the weights of a 3x3 convolution of a reconstructor."""
-    for batch, size, width in ((2, 16, 16),) if tiny else ((32, 32, 256), (32, 16, 512)):
-        layer = Layer(3, width, width, size, batch=batch, dtype="float32")
+def of_learning(
+    form: Callable[[jax.Array, jax.Array], jax.Array], *layers: Layer
+) -> Callable[[bool], Made]:
+    """A switch that the gradient of the weights of 3x3 convolutions shows."""
 
-        def make(layer: Layer = layer) -> Way:
-            weight, x = layer.arrays
+    def made(tiny: bool) -> Made:
+        for some in (layer(40, 16, 16),) if tiny else layers:
 
-            def gradient(weight: jax.Array, x: jax.Array) -> jax.Array:
-                learned = functools.partial(convolution.learned, pads=((1, 1), (1, 1)))
-                return jax.vjp(lambda weight: learned(x, weight), weight)[1](x)[0]
+            def make(some: Layer = some) -> Way:
+                weight, x = some.arrays
 
-            program = jax.jit(gradient).lower(weight, x).compile()
-            return lambda: program(weight, x)
+                def gradient(weight: jax.Array, x: jax.Array) -> jax.Array:
+                    return jax.vjp(lambda weight: form(x, weight), weight)[1](x)[0]
 
-        yield f"gradient of weights, {layer}", layer.dtype, make
+                program = jax.jit(gradient).lower(weight, x).compile()
+                return lambda: program(weight, x)
+
+            yield f"gradient of weights, {some}", some.dtype, make
+
+    return made
+
+
+def layer(batch: int, size: int, width: int) -> Layer:
+    """A 3x3 convolution whose weights are learned."""
+    return Layer(3, width, width, size, batch=batch, dtype="float32")
 
 
 CASES: dict[str, Callable[[bool], Made]] = {
@@ -168,7 +177,16 @@ CASES: dict[str, Callable[[bool], Made]] = {
     "remat": of_steps(cases.MOBILENET_V2),
     "seeds": of_seeds,
     "threefry": of_numbers,
-    "weights": of_learning,
+    "weights": of_learning(
+        functools.partial(convolution.learned, pads=((1, 1), (1, 1))),
+        layer(32, 32, 256),  # a reconstructor's
+        layer(32, 16, 512),
+    ),
+    "images": of_learning(
+        functools.partial(convolution.convolve, padding=1),
+        layer(128, 32, 16),  # CIFAR ResNets'
+        layer(128, 16, 128),
+    ),
 }
 """Every switch by its name in `backend.Choices`."""
 

@@ -272,6 +272,54 @@ def test_weights_of_wide_large_maps_are_learned_by_products(
     assert program.count("conv_general_dilated[") == convolutions
 
 
+def test_weights_are_learned_in_parts_of_many_images(
+    wide: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and derivatives of both modes and second order are XLA's."""
+    monkeypatch.setattr(convolution, "_PART", 2)
+    x, w = _draw((5, 6, 5, 3), 0), _draw((3, 3, 3, 4), 1)
+    pads = ((1, 1), (1, 0))
+
+    def all_of(form: Form) -> tuple[Any, ...]:
+        def loss(x: Array, w: Array) -> Array:
+            return jnp.sin(form(x, w)).sum()
+
+        def slope(x: Array, w: Array) -> Array:
+            gradients = jax.grad(loss, (0, 1))(x, w)
+            return sum((jnp.cos(each).sum() for each in gradients), jnp.zeros(()))
+
+        forward = jax.jvp(form, (x, w), (jnp.cos(x), jnp.cos(w)))
+        return *_learned(form, x, w), *forward, *jax.grad(slope, (0, 1))(x, w)
+
+    ours = quick_jit(lambda: all_of(lambda x, w: convolution.in_parts(x, w, 1, pads)))()
+    theirs = quick_jit(lambda: all_of(lambda x, w: convolution.direct(x, w, 1, pads, 1)))()
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("images", "switch", "learned", "convolutions"),
+    [
+        (65, "in_parts", "both", 5),  # forward, images, three parts
+        (65, "together", "both", 3),
+        (32, "in_parts", "both", 3),
+        (65, "in_parts", "images", 2),  # nothing is added for attacks
+    ],
+)
+def test_parts_of_images_have_their_switch(
+    images: int, switch: str, learned: str, convolutions: int
+) -> None:
+    x, w = _draw((images, 8, 8, 3), 0, "float32"), _draw((3, 3, 3, 4), 1, "float32")
+
+    def loss(x: Array, w: Array) -> Array:
+        return jnp.sin(convolution.convolve(x, w, padding=1)).sum()
+
+    with backend.choose(images=switch, strided="convolution"):
+        gradient = jax.grad(loss, (0, 1) if learned == "both" else 0)
+        program = jax.jit(gradient).lower(x, w).as_text()
+    assert program.count("stablehlo.convolution") == convolutions
+
+
 # Moments
 
 
