@@ -300,10 +300,10 @@ def test_weights_are_learned_in_parts_of_many_images(
 @pytest.mark.parametrize(
     ("images", "switch", "learned", "convolutions"),
     [
-        (65, "in_parts", "both", 5),  # forward, images, three parts
-        (65, "together", "both", 3),
-        (32, "in_parts", "both", 3),
-        (65, "in_parts", "images", 2),  # nothing is added for attacks
+        (33, "in_parts", "both", 5),  # forward, images, three parts
+        (33, "together", "both", 3),
+        (16, "in_parts", "both", 3),
+        (33, "in_parts", "images", 2),  # nothing is added for attacks
     ],
 )
 def test_parts_of_images_have_their_switch(
