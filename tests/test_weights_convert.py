@@ -1309,3 +1309,16 @@ def test_command_converts_and_keeps_what_exists(
         "fc.weight",
         "(2, 3)  float32",
     ]
+
+
+def test_a_state_dict_is_written_inside_a_wrapper(tmp_path: Path) -> None:
+    """As training scripts save it; torch reads it without running anything."""
+    state = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "n": np.array(7)}
+    write(tmp_path / "x.pth", state, wrapper="state_dict")
+    found = torch.load(tmp_path / "x.pth", weights_only=True)
+    assert list(found) == ["state_dict"]
+    assert_same(state, found["state_dict"])
+    assert_same(read(tmp_path / "x.pth"), found["state_dict"])
+    with pytest.raises(WeightsError, match=r"cannot hold 'state_dict'; write a .pth"):
+        write(tmp_path / "x.safetensors", state, wrapper="state_dict")
+    assert not (tmp_path / "x.safetensors").exists()

@@ -1,11 +1,12 @@
 """State dicts as files that torch and torchvision load, written without torch."""
 
 import contextlib
+import functools
 import json
 import os
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import IO
@@ -29,10 +30,13 @@ _STORAGES = {
     "complex64": "ComplexFloatStorage",
     "complex128": "ComplexDoubleStorage",
 }
+Writer = Callable[[IO[bytes], Mapping[str, np.ndarray]], None]
 _SAFETENSORS = {ours: theirs for theirs, ours in DTYPES.items() if ours != "bfloat16"}
 
 
-def write(path: str | PathLike[str], state: Mapping[str, np.ndarray]) -> None:
+def write(
+    path: str | PathLike[str], state: Mapping[str, np.ndarray], *, wrapper: str | None = None
+) -> None:
     """Write a state_dict, in full or not at all.
 
     Args:
@@ -40,18 +44,26 @@ def write(path: str | PathLike[str], state: Mapping[str, np.ndarray]) -> None:
             ``torch.load(weights_only=True)`` reads) or ``.safetensors``. A file that is there
             is replaced.
         state: arrays in torch's layout by torch's names, as `from_flax` returns them.
+        wrapper: save ``{wrapper: state}``, as training scripts do; not in ``.safetensors``.
 
     Raises:
-        WeightsError: unknown suffix, an element type the format lacks, or no place to write.
+        WeightsError: unknown suffix, a wrapper or an element type the format lacks, or no place
+            to write.
     """
     path = Path(path).expanduser()
-    writers = {".pth": (_write_pth, _STORAGES), ".pt": (_write_pth, _STORAGES)}
-    writers[".safetensors"] = (_write_safetensors, _SAFETENSORS)
+    pth: Writer = functools.partial(_write_pth, wrapper=wrapper)
+    writers: dict[str, tuple[Writer, Mapping[str, str]]] = {
+        ".pth": (pth, _STORAGES),
+        ".pt": (pth, _STORAGES),
+        ".safetensors": (_write_safetensors, _SAFETENSORS),
+    }
     if path.suffix not in writers:
         raise WeightsError(
             f"{path}: the suffix {path.suffix!r} names no format; use .pth or .safetensors"
         )
     writer, types = writers[path.suffix]
+    if wrapper is not None and writer is not pth:
+        raise WeightsError(f"{path}: a .safetensors cannot hold {wrapper!r}; write a .pth")
     arrays = _checked(path, state, types)
     # A name of its own in the same folder, so that the final rename is one step.
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -112,9 +124,12 @@ def _write_safetensors(file: IO[bytes], arrays: Mapping[str, np.ndarray]) -> Non
         file.write(_bytes(arrays[name]))
 
 
-def _write_pth(file: IO[bytes], arrays: Mapping[str, np.ndarray]) -> None:
+def _write_pth(file: IO[bytes], arrays: Mapping[str, np.ndarray], wrapper: str | None) -> None:
+    saved = b"".join(_pickle(arrays))
+    if wrapper is not None:
+        saved = b"}" + _text(wrapper) + saved + b"s"
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        _add(archive, "data.pkl", b"".join(_pickle(arrays)))
+        _add(archive, "data.pkl", b"\x80\x02" + saved + b".")
         _add(archive, "byteorder", b"little")
         for key, array in enumerate(arrays.values()):
             _add(archive, f"data/{key}", _bytes(array))
@@ -132,11 +147,11 @@ def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
 
 
 def _pickle(arrays: Mapping[str, np.ndarray]) -> Iterator[bytes]:
-    """Spell out, opcode by opcode, the protocol 2 pickle of an OrderedDict of tensors.
+    """Spell out, opcode by opcode, an OrderedDict of tensors in a pickle of protocol 2.
 
     The pickle module would have to import the torch names it writes.
     """
-    yield b"\x80\x02" + _ORDERED_DICT + b"("
+    yield _ORDERED_DICT + b"("
     for key, (name, array) in enumerate(arrays.items()):
         storage = _STORAGES[array.dtype.name]
         reference = _text("storage") + _global("torch", storage) + _text(str(key)) + _text("cpu")
@@ -144,7 +159,7 @@ def _pickle(arrays: Mapping[str, np.ndarray]) -> Iterator[bytes]:
         yield b"(" + reference + _int(array.size) + b"tQ"
         yield _int(0) + _ints(array.shape) + _ints(_strides(array.shape))
         yield b"\x89" + _ORDERED_DICT + b"tR"  # requires_grad=False, no hooks
-    yield b"u" + _METADATA + b"b."
+    yield b"u" + _METADATA + b"b"
 
 
 def _strides(shape: tuple[int, ...]) -> list[int]:
