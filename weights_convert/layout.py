@@ -1,9 +1,9 @@
 """Between torch's state_dict and a Flax tree whose paths are torch's names: transposes alone.
 
-A leaf's torch name is its path joined by dots. What is called ``weight`` is OIHW in torch and HWIO
-in Flax if it has four axes, (out, in) and (in, out) if it has two. Everything else keeps torch's
-axes, also tables such as ``relative_position_bias_table``. Whole numbers are int64 in torch, int32
-in JAX.
+A leaf's torch name is its path joined by dots. What is called ``weight`` or ``scores`` is OIHW in
+torch and HWIO in Flax if it has four axes, (out, in) and (in, out) if it has two. Everything else
+keeps torch's axes, also tables such as ``relative_position_bias_table``. Whole numbers are int64 in
+torch, int32 in JAX.
 """
 
 import math
@@ -25,6 +25,7 @@ SHOWN = 10  # names of a list in an error message; the others are counted
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "relative_position_index")
 _COUNTER = "num_batches_tracked"  # absent from files of torch < 0.4.1; an int64 in torch
 _TO_FLAX = {4: (2, 3, 1, 0), 2: (1, 0)}
+_KERNELS = ("weight", "scores")  # scores are those of a subnetwork's weights
 _WIDENED = {"int32": np.int64, "bfloat16": np.float32}
 _TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0)}
 
@@ -43,6 +44,7 @@ _TREATED = {
     "weight_g": "its weights are split into norm and direction: call remove_weight_norm, then save",
     "_packed_params": "it is quantised: save the float network",
     "zero_point": "it is quantised: save the float network",
+    "scores": "it is a subnetwork's: say which share of the weights stays, `subnetwork: {kept: K}`",
 }
 # Heads that only training needs, and the module that each hangs on.
 _AUXILIARY = {"aux1": "inception4a", "aux2": "inception4d", "AuxLogits": "Mixed_6e"}
@@ -445,7 +447,7 @@ def _to_torch(name: str, path: Path, array: np.ndarray) -> np.ndarray:
 
 def _axes(name: str, rank: int, table: Mapping[int, tuple[int, ...]]) -> tuple[int, ...]:
     unchanged = tuple(range(rank))
-    return table.get(rank, unchanged) if name.split(".")[-1] == "weight" else unchanged
+    return table.get(rank, unchanged) if name.split(".")[-1] in _KERNELS else unchanged
 
 
 def _permuted(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:

@@ -15,10 +15,12 @@ from jinv.models.registry import (
     register,
     template,
 )
+from jinv.models.subnetwork import Subnetwork
 from jinv.models.trained import load_trained
 
 __all__ = [
     "Network",
+    "Subnetwork",
     "entry",
     "fitting",
     "load",

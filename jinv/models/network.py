@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from jinv import checks, files
 from jinv.checks import Count, File
 from jinv.models import own, registry, trained
-from jinv.net import Net
+from jinv.models.subnetwork import Subnetwork, initial_statistics
+from jinv.net import Net, with_parameters
 
 WORDS = ("package", "random")
 """Weights that are no paths."""
@@ -28,15 +29,24 @@ class Network:
         folder that `jinv pretrain` wrote, or "random". A network of your own comes with the
         weights that its function gives it, which "package" leaves as they are.
       classes: number of classes, if not the usual one.
+      subnetwork: of a file that holds scores beside weights, which share of these stays; of
+        random weights, what is drawn. A folder that `jinv pretrain` wrote tells it itself.
+      statistics: BatchNorm's running statistics: the network's "own", or "reset" to means of 0 and
+        variances of 1, which a network has that nothing was loaded into.
     """
 
     model: registry.Name
     weights: Annotated[str, File(WORDS)] = "package"
     classes: Count | None = None
     name: str | None = None
+    subnetwork: Subnetwork | None = None
+    statistics: Literal["own", "reset"] = "own"
 
     def __post_init__(self) -> None:
         checks.fields(self)
+        if self.subnetwork is not None and self.weights != "random":
+            reason = "the file holds the weights"
+            checks.unused(self.subnetwork, reason, "weights", "scale_by_kept")
 
     @property
     def label(self) -> str:
@@ -50,7 +60,8 @@ class Network:
           ValueError: it cannot be loaded; the message says why.
         """
         stamps = _stamps(files.path(self.weights))
-        key = (self.model, self.weights, self.classes, self.label, *stamps)
+        said = (self.subnetwork, self.statistics)
+        key = (self.model, self.weights, self.classes, self.label, *said, *stamps)
         net = _HELD.get(key)
         if net is None:
             _HELD[key] = net = self._read()
@@ -67,15 +78,30 @@ class Network:
                         f"{self.weights} holds a network of {net.classes} classes, not of "
                         f"{self.classes}: leave `classes` out"
                     )
+                self._check_kept()
             elif self.weights != "random":
-                net = registry.load(self.model, self.weights, classes=self.classes)
+                net = registry.load(
+                    self.model, self.weights, classes=self.classes, subnetwork=self.subnetwork
+                )
             elif own.names_one(self.model):
                 raise ValueError("it comes with its function's weights: leave `weights` out")
             else:
-                net = registry.load(self.model, None, classes=self.classes)
+                net = registry.load(
+                    self.model, None, classes=self.classes, subnetwork=self.subnetwork
+                )
         except (ValueError, OSError, ImportError) as error:
             raise ValueError(f"cannot load {self.label}: {error}") from None
+        if self.statistics == "reset":
+            variables = with_parameters(net.variables, initial_statistics(net))
+            net = dataclasses.replace(net, variables=variables, weights=None)
         return dataclasses.replace(net, name=self.label)
+
+    def _check_kept(self) -> None:
+        """Refuse another share than the folder's."""
+        kept = trained.kept(files.path(self.weights))
+        if self.subnetwork is not None and self.subnetwork.kept != kept:
+            held = "no subnetwork" if kept is None else f"a subnetwork that keeps {kept:g}"
+            raise ValueError(f"{self.weights} holds {held}: leave `subnetwork` out")
 
 
 # Weights take hundreds of megabytes: an inverted network and a judge that is the same share them,

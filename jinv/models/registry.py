@@ -45,7 +45,9 @@ from jinv.models import (
     wide_resnet_cifar,
 )
 from jinv.models.package import Package
+from jinv.models.subnetwork import Subnetwork, check_kept, drawn, effective, with_scores
 from jinv.net import Net, Variables
+from weights_convert import subnetworks
 
 IMAGENET = Preprocessing()
 CIFAR10 = Preprocessing(size=32, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
@@ -326,6 +328,8 @@ def load(
     classes: int | None = None,
     preprocessing: Preprocessing | None = None,
     seed: int = 0,
+    subnetwork: Subnetwork | None = None,
+    compare_kept: bool = True,
 ) -> Net:
     """Return a network of the zoo, or of the user's own, as a `Net`.
 
@@ -339,6 +343,10 @@ def load(
       preprocessing: replaces the usual one (another normalisation, another size), which is that
         of the file if torchvision publishes it.
       seed: of random weights.
+      subnetwork: the file holds scores beside weights, as the public code of arXiv 1911.13299 and
+        `jinv pretrain` write them, and so many of the weights stay; of random weights, what is
+        drawn. The network's weights are those that stay, and 0 elsewhere.
+      compare_kept: refuse a share that the file speaks against, see `subnetwork.check_kept`.
 
     Raises:
       ValueError: unknown name, classes that are no positive whole number, or weights that do not
@@ -351,22 +359,31 @@ def load(
     if own.names_one(name):
         net = own.make(name, classes)
         if weights is not None and weights != "package":
-            net = dataclasses.replace(net, variables=_read(name, weights, net.variables))
+            read = _read(name, weights, net.variables, subnetwork)
+            net = dataclasses.replace(net, variables=_chosen(read, subnetwork))
             net = dataclasses.replace(net, class_names=_names_beside(weights, net.classes))
+            if subnetwork is not None and compare_kept:
+                _compare(weights, net, read, subnetwork)
+        elif subnetwork is not None:
+            net = drawn(net, subnetwork, seed)
         return dataclasses.replace(net, preprocessing=preprocessing or net.preprocessing)
     found = entry(name)
     count = found.classes if classes is None else int(classes)
     build = functools.partial(found.build, classes=count)
     if weights is None:
         space = preprocessing or found.preprocessing
-        return _net(build(rngs=nnx.Rngs(seed)), space, name, _usual_names(found, classes))
+        net = _net(build(rngs=nnx.Rngs(seed)), space, name, _usual_names(found, classes))
+        return net if subnetwork is None else drawn(net, subnetwork, seed)
     path = packaged_weights(name) if weights == "package" else weights
     known = _published(name, path)
     space = preprocessing or (known or found).preprocessing
     model = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
-    nnx.update(model, _read(name, path, nnx.to_pure_dict(nnx.state(model))))
+    read = _read(name, path, nnx.to_pure_dict(nnx.state(model)), subnetwork)
+    nnx.update(model, _chosen(read, subnetwork))
     names = _names_beside(path, count) or _usual_names(found, classes)
     net = _net(model, space, name, names)
+    if subnetwork is not None and compare_kept:
+        _compare(path, net, read, subnetwork)
     return net if known is None else dataclasses.replace(net, weights=known.member)
 
 
@@ -422,13 +439,31 @@ def _usual_names(found: Entry, classes: int | None) -> tuple[str, ...] | None:
         return None
 
 
-def _read(name: str, path: str | Path, wanted: Variables) -> dict[str, Any]:
-    """The file's weights as the network's variables, on the device."""
+def _chosen(read: Variables, subnetwork: Subnetwork | None) -> Variables:
+    """Variables of the network itself, of what was read of a file."""
+    return read if subnetwork is None else effective(read, subnetwork.kept)
+
+
+def _compare(path: str | Path, net: Net, read: Variables, subnetwork: Subnetwork) -> None:
+    try:
+        check_kept(net, read, subnetwork.kept)
+    except weights_convert.WeightsError as error:
+        raise weights_convert.WeightsError(f"{path}: {error}") from None
+
+
+def _read(
+    name: str, path: str | Path, wanted: Variables, subnetwork: Subnetwork | None
+) -> dict[str, Any]:
+    """The file's weights as the network's variables, on the device; with scores, if it has them."""
     state = weights_convert.read(path)
     try:
+        if subnetwork is not None:
+            wanted = with_scores(wanted)
+            state = subnetworks.completed(state, wanted)
         return jax.tree.map(jnp.asarray, weights_convert.to_flax(state, wanted))
     except weights_convert.WeightsError as error:
-        meant = "" if error.classes else _meant(name, state, wanted, Path(path).stem)
+        known = error.classes or subnetworks.has_scores(state)
+        meant = "" if known else _meant(name, state, wanted, Path(path).stem)
         raise weights_convert.WeightsError(
             f"{path} does not fit {name}: {meant}{error}", error.classes
         ) from None

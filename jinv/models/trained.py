@@ -10,6 +10,7 @@ from typing import Any
 from jinv import files
 from jinv.image import Preprocessing
 from jinv.models import registry
+from jinv.models.subnetwork import Subnetwork
 from jinv.net import Net
 
 WEIGHTS, CLASSES = "weights.safetensors", registry.CLASSES
@@ -34,7 +35,24 @@ def load_trained(folder: str | Path) -> Net:
             folder / WEIGHTS,
             classes=len(summary["classes"]),
             preprocessing=Preprocessing(**told),
+            subnetwork=_subnetwork(summary),
+            compare_kept=False,  # it was trained so
         )
         return dataclasses.replace(net, class_names=tuple(summary["classes"]))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{folder} holds no trained network: {error}") from None
+
+
+def kept(folder: Path) -> float | None:
+    """Return the share of the weights that stays in the subnetwork in a folder; None without one.
+
+    Raises:
+      ValueError, OSError, TypeError, KeyError, AttributeError: there is no summary of a training.
+    """
+    found = _subnetwork(json.loads((folder / SUMMARY).read_text(encoding="utf-8")))
+    return None if found is None else found.kept
+
+
+def _subnetwork(summary: dict[str, Any]) -> Subnetwork | None:
+    told = summary.get("subnetwork")
+    return None if told is None else Subnetwork(**told)

@@ -32,7 +32,7 @@ import weights_convert
 from jinv import checks, data, files, image, models, parallel, training
 from jinv.checks import Count, File, Seed
 from jinv.image import Preprocessing
-from jinv.models import registry
+from jinv.models import registry, subnetwork
 from jinv.net import Net, with_parameters
 from jinv.runs import command, hardware, training_run
 from jinv.runs import config as configs
@@ -56,6 +56,7 @@ class Config:
       seed: of everything random.
       head: a training of the last layer alone, before `training`; it needs `weights`.
       training: the mathematics.
+      subnetwork: train scores instead of weights, which stay as they are drawn here.
     """
 
     model: registry.Name
@@ -66,11 +67,16 @@ class Config:
     seed: Seed = 0
     head: training.Config | None = None
     training: training.Config = dataclasses.field(default_factory=training.Config)
+    subnetwork: subnetwork.Subnetwork | None = None
 
     def __post_init__(self) -> None:
         checks.fields(self)
         if self.head is not None and self.weights is None:
             raise ValueError("head trains the last layer of a network with weights: give some")
+        if self.subnetwork is not None and self.weights is not None:
+            raise ValueError(
+                "a subnetwork is one of a network with random weights: leave `weights` out"
+            )
         self.data.check_size(self.size)
 
 
@@ -82,11 +88,14 @@ class Summary(training_run.Summary):
       weights: what it began with; null for random weights.
       head_epochs: done with the last layer alone; null if it began with random weights.
       data: as in the config.
+      subnetwork: as in the config; null if weights were trained. weights.safetensors holds scores
+        then, and the random weights that they choose from.
     """
 
     weights: str | None
     head_epochs: int | None
     data: dict[str, Any]
+    subnetwork: dict[str, Any] | None
 
 
 class Pretraining(command.Loaded):
@@ -126,6 +135,7 @@ class Pretraining(command.Loaded):
             weights=config.weights,
             head_epochs=None if config.weights is None else head,
             data=configs.plain(config.data),
+            subnetwork=configs.plain(config.subnetwork),
         )
         return command.finish(folder, summary)
 
@@ -165,6 +175,11 @@ def _read(config: Config) -> tuple[Net, data.Dataset, data.Dataset]:
             f"{error}; the images are {seen.height} x {seen.width} px, and {config.model} usually "
             f"takes {usual.height} x {usual.width}"
         ) from None
+    if config.subnetwork is not None:
+        # Not one of the two keys that the seed's is split into, nor that of `_phases`.
+        drawn_key = jax.random.fold_in(jax.random.key(config.seed), 3)
+        drawn = subnetwork.draw(net, config.subnetwork, drawn_key)
+        net = subnetwork.trainable(net, drawn, config.subnetwork.kept)
     return net if source is None else _with_body(net, source), train, test
 
 

@@ -38,6 +38,7 @@ SUMMARY_KEYS = {
         "weights",
         "head_epochs",
         "data",
+        "subnetwork",
         "classes",
         "preprocessing",
         "device",
