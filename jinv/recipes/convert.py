@@ -18,6 +18,13 @@ Where torchvision is installed and has the network, it has to load the output, a
 two random images are compared with jinv's. No output is kept where they differ by more than 1e-4 of
 their size. This does not tell whether a network of timm's computes the same as torchvision's.
 
+A file with scores beside the weights is a subnetwork of a random network (arXiv 1911.13299): give
+its --model, and with --kept the share of the weights that stays. The file does not say it, and the
+public code's `prune_rate` means two things: where scores are trained (SubnetConv), the share that
+is kept; in FixedSubnetConv and its help the share that is removed. The published checkpoints are of
+--kept 0.3. What the file tells of it is compared. The output is the network itself, 0 where weights
+do not stay; or, with --format hidden-networks, a .pth with scores as the public code reads it.
+
 Beside an output goes summary.json, or OUTPUT.summary.json where the folder has the summary of
 something else; of a folder's files always the latter. --overwrite replaces what an earlier
 conversion to the same output wrote, and nothing else. What cannot be converted does not stop the
@@ -40,9 +47,19 @@ import numpy as np
 from jinv import files
 from jinv.files import sha256, write_atomic
 from jinv.runs.command import described
-from weights_convert import BUFFERS, WeightsError, from_flax, naming, read, to_flax, write
+from weights_convert import (
+    BUFFERS,
+    WeightsError,
+    from_flax,
+    naming,
+    read,
+    subnetworks,
+    to_flax,
+    write,
+)
 
 TIMM = "timm's"
+HIDDEN = "hidden-networks"
 TORCH, SAFETENSORS = (".pth.tar", ".pth", ".pt", ".bin", ".ckpt"), (".safetensors",)
 
 
@@ -60,6 +77,9 @@ class Summary:
       tensors: number of tensors written.
       parameters: number of trained values: all but BatchNorm's running statistics and counters.
       bytes: size of the output.
+      kept: share of the weights that stay in a subnetwork; null if it is none.
+      told_of_kept: what the file tells of that share; null if there is nothing to compare.
+      format: "network", or "hidden-networks" where scores were written too.
       parity: relative difference between jinv's logits and torchvision's; null if not compared.
       not_compared: why not; null if they were.
       seconds: time from start to finish.
@@ -75,6 +95,9 @@ class Summary:
     tensors: int
     parameters: int
     bytes: int
+    kept: float | None
+    told_of_kept: str | None
+    format: str
     parity: float | None
     not_compared: str | None
     seconds: float
@@ -87,6 +110,10 @@ class Summary:
             told.append(f"renamed from {self.names} names")
         if self.names == TIMM:
             told[-1] += " (they and the shapes fit; only its accuracy tells whether the rest does)"
+        if self.kept is not None:
+            told.append(f"a subnetwork that keeps {self.kept:g}")
+        if self.told_of_kept:
+            told.append(self.told_of_kept)
         if self.parity is None:
             told.append(f"not compared with torchvision: {self.not_compared}")
         else:
@@ -104,6 +131,7 @@ class Source:
       model: the network, if it is known.
       classes: how many, if it is known.
       to: suffix of the other format.
+      kept: share of the weights that stay in a subnetwork, if it is known.
     """
 
     path: Path
@@ -111,6 +139,7 @@ class Source:
     to: str
     model: str | None = None
     classes: int | None = None
+    kept: float | None = None
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -128,6 +157,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--classes", type=int, metavar="N", help="if not the usual number of the --model"
     )
+    parser.add_argument(
+        "--kept",
+        type=float,
+        metavar="K",
+        help="of a subnetwork, the share of the weights that stays, not the one that is removed",
+    )
+    parser.add_argument(
+        "--format",
+        choices=("network", HIDDEN),
+        default="network",
+        help="what to write of a subnetwork: the network itself, or its scores too",
+    )
     parser.add_argument("--key", metavar="NAME", help="which network of a file that holds several")
     parser.add_argument("--list", action="store_true", help="print the file's tensors and stop")
     parser.add_argument("--no-check", action="store_true", help="do not compare with torchvision")
@@ -137,6 +178,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("give --output, or --list")
     if args.classes is not None and not args.model:
         parser.error("--classes goes with --model; without, both are found")
+    if args.kept is not None and not 0 < args.kept <= 1:
+        parser.error(f"--kept is a share above 0 and at most 1, not {args.kept:g}")
     return args
 
 
@@ -182,12 +225,13 @@ def _trained(folder: Path) -> Source | None:
     try:
         told = json.loads((folder / trained.SUMMARY).read_text(encoding="utf-8"))
         model, classes = told["model"], len(told["classes"])
-    except (OSError, ValueError, TypeError, KeyError):
+        kept = trained.kept(folder)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
     weights = folder / trained.WEIGHTS
     if not isinstance(model, str) or not weights.is_file():
         return None
-    return Source(weights, folder.resolve().name, ".pth", model, classes)
+    return Source(weights, folder.resolve().name, ".pth", model, classes, kept)
 
 
 def describe(state: Mapping[str, np.ndarray]) -> str:
@@ -208,6 +252,8 @@ def network(
         return args.model, args.classes
     if source.model:
         return source.model, source.classes
+    if subnetworks.has_scores(state):
+        raise WeightsError(f"{source.path}: holds a subnetwork's scores: give its --model, too")
     from jinv.models import fitting
 
     if found := fitting(state, source.name):
@@ -307,15 +353,26 @@ def convert(
     state = read(source.path, key=args.key)
     model, classes = network(source, state, args)
     wanted = template(model, classes)
+    names: str | None = None
+    told: str | None = None
+    kept: float | None = None
     try:
-        names, arrays = naming(state, wanted), from_flax(to_flax(state, wanted))
+        if subnetworks.has_scores(state) or args.kept is not None:
+            kept = share(source, args)
+            arrays, told = subnetwork(state, model, classes, kept, args.format)
+        elif args.format == HIDDEN:
+            raise WeightsError("has no scores: --format hidden-networks is for subnetworks")
+        else:
+            names, arrays = naming(state, wanted), from_flax(to_flax(state, wanted))
     except WeightsError as error:
         raise WeightsError(f"{source.path}: {error}") from None
+    hidden = args.format == HIDDEN
     target.parent.mkdir(parents=True, exist_ok=True)
     unchecked = target.with_name(f".{target.stem}.{os.getpid()}.unchecked{target.suffix}")
     try:
-        write(unchecked, arrays)
-        parity, reason = (None, "--no-check") if args.no_check else check(model, classes, unchecked)
+        write(unchecked, arrays, wrapper=subnetworks.WRAPPER if hidden else None)
+        skipped = "it has scores" if hidden else "--no-check" if args.no_check else None
+        parity, reason = (None, skipped) if skipped else check(model, classes, unchecked)
         unchecked.replace(target)
     except WeightsError as error:
         raise WeightsError(str(error).replace(str(unchecked), str(target))) from None
@@ -333,6 +390,9 @@ def convert(
         tensors=len(arrays),
         parameters=sum(a.size for a in trained),
         bytes=target.stat().st_size,
+        kept=kept,
+        told_of_kept=told,
+        format=args.format,
         parity=parity,
         not_compared=reason,
         seconds=round(time.perf_counter() - start, 3),
@@ -340,6 +400,51 @@ def convert(
     text = json.dumps(dataclasses.asdict(summary), indent=2) + "\n"
     write_atomic(summary_of(target, several=several), text)
     return summary
+
+
+def share(source: Source, args: argparse.Namespace) -> float:
+    """Return the share of the weights that stays, as the folder or the command line says it.
+
+    Raises:
+      WeightsError: neither says it, or they differ.
+    """
+    if args.kept is None and source.kept is None:
+        raise WeightsError(
+            "holds scores beside the weights, a subnetwork's: give --kept K, the share of the "
+            "weights that stays. The public code's prune_rate is this share where scores are "
+            "trained (SubnetConv), but the share that is removed in FixedSubnetConv and in its "
+            "help; the published checkpoints are of --kept 0.3"
+        )
+    if None not in (args.kept, source.kept) and args.kept != source.kept:
+        raise WeightsError(f"was trained to keep {source.kept:g}: leave --kept out")
+    return args.kept if source.kept is None else source.kept
+
+
+def subnetwork(
+    state: Mapping[str, np.ndarray], model: str, classes: int | None, kept: float, form: str
+) -> tuple[dict[str, np.ndarray], str]:
+    """Return what to write of a subnetwork, and what it tells of the share that stays.
+
+    Args:
+      state: of the file.
+      model: name of the network.
+      classes: how many, if not the usual number.
+      kept: share of the weights that stays.
+      form: see `Summary.format`.
+
+    Raises:
+      WeightsError: the file does not fit, or speaks against the share.
+    """
+    from jinv import models
+    from jinv.models import subnetwork as masks
+
+    net = models.load(model, None, classes=classes)
+    wanted = masks.with_scores(net.variables)
+    variables = to_flax(subnetworks.completed(state, wanted), wanted)
+    told = masks.check_kept(net, variables, kept)
+    if form == HIDDEN:
+        return subnetworks.to_public(from_flax(variables)), told
+    return from_flax(masks.effective(variables, kept)), told
 
 
 def check(model: str, classes: int | None, weights: Path) -> tuple[float | None, str | None]:
@@ -381,6 +486,8 @@ def run(args: argparse.Namespace) -> list[str]:
     path, output = files.path(args.input), files.path(args.output)
     several = path.is_dir() and _trained(path) is None
     found = sources(path)
+    if args.format == HIDDEN:
+        found = [dataclasses.replace(source, to=".pth") for source in found]
     targets = [target_of(source, output, several=several) for source in found]
     failed = []
     for i, (source, target) in enumerate(zip(found, targets, strict=True)):

@@ -31,7 +31,7 @@ from jinv.models.subnetwork import (
     with_scores,
 )
 from jinv.net import Net, parameters
-from jinv.recipes import invert, pretrain
+from jinv.recipes import convert, invert, pretrain
 from jinv.runs import command_line
 from tiny import network
 from weights_convert import WeightsError, subnetworks
@@ -81,6 +81,10 @@ def public(model: Any) -> dict[str, Any]:
 def saved(path: Path, checkpoint: dict[str, Any]) -> Path:
     torch.save(checkpoint, path)
     return path
+
+
+def converted(*arguments: Any) -> int:
+    return convert.main([str(argument) for argument in arguments])
 
 
 def read(model: Any) -> tuple[Net, dict[str, Any]]:
@@ -235,6 +239,37 @@ def test_groups_and_layers_without_masks() -> None:
 # --- files -------------------------------------------------------------------------------------
 
 
+def test_a_public_checkpoint_converts_exactly_and_back(
+    peer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = saved(tmp_path / "popup.pth.tar", public(peer))
+    images = np.random.default_rng(3).normal(size=(4, 8, 8, 3)).astype(np.float32)
+    with torch.no_grad():
+        wanted = peer(torch.tensor(images.transpose(0, 3, 1, 2)))
+    net = models.load("small", source, subnetwork=Subnetwork(KEPT))
+    np.testing.assert_allclose(net(images).logits, wanted, atol=1e-5)
+
+    asked = ("--input", source, "--model", "small", "--kept", KEPT)
+    plain, back = tmp_path / "plain.safetensors", tmp_path / "back.pth"
+    assert converted(*asked, "--output", plain) == 0
+    assert "running means correlate 0.9" in capsys.readouterr().out
+    ordinary = models.load("small", plain)
+    np.testing.assert_array_equal(ordinary(images).logits, net(images).logits)
+    assert converted(*asked, "--output", back, "--format", "hidden-networks") == 0
+    told = json.loads((tmp_path / "back.pth.summary.json").read_text())
+    assert (told["kept"], told["format"]) == (KEPT, "hidden-networks")
+
+    found = torch.load(back, weights_only=True)
+    assert list(found) == ["state_dict"]
+    before = public(peer)["state_dict"]
+    assert found["state_dict"].keys() == before.keys()
+    for name, value in before.items():
+        assert found["state_dict"][name].dtype == value.dtype
+        assert torch.equal(found["state_dict"][name], value), name
+    assert converted(*asked, "--output", tmp_path / "out", "--format", "hidden-networks") == 0
+    assert (tmp_path / "out" / "popup.pth").is_file()
+
+
 def test_the_published_resnet50_has_267_entries() -> None:
     torchvision = pytest.importorskip("torchvision")
     template = with_scores(models.template("resnet50"))
@@ -296,6 +331,28 @@ def test_a_key_that_does_not_match_is_an_error(
     assert all(name in str(told.value) for name in names)
 
 
+def test_the_share_is_asked_for(
+    peer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output = saved(tmp_path / "popup.pth", public(peer)), tmp_path / "out.pth"
+    with pytest.raises(WeightsError, match=r"it is a subnetwork's: say which share .*kept: K"):
+        models.load("small", source)
+    asked = ("--input", source, "--output", output)
+    assert converted(*asked) == 2
+    assert "give its --model, too" in capsys.readouterr().err
+    assert converted(*asked, "--model", "small") == 2
+    told = capsys.readouterr().err
+    assert "give --kept K, the share of the weights that stays" in told
+    assert "the share that is removed in FixedSubnetConv" in told
+    assert not output.exists()
+    plain = tmp_path / "plain.pth"
+    weights_convert.write(plain, weights_convert.from_flax(models.load("lenet", None).variables))
+    for flags in (("--kept", 0.3), ("--format", "hidden-networks")):
+        arguments = ("--input", plain, "--model", "lenet", "--output", output)
+        assert converted(*arguments, *flags) == 2
+        assert "has no scores" in capsys.readouterr().err
+
+
 def test_the_share_given_the_wrong_way_round_is_noticed(peer: Any, tmp_path: Path) -> None:
     """By what the mask of this density leaves, and of a fixed mask by the density itself."""
     source = saved(tmp_path / "popup.pth", public(peer))
@@ -349,7 +406,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
-def test_a_trained_subnetwork_comes_back(trained: Path) -> None:
+def test_a_trained_subnetwork_comes_back(trained: Path, tmp_path: Path) -> None:
     """Its file holds the random weights and the scores; a folder needs no `subnetwork:`."""
     summary = json.loads((trained / "summary.json").read_text())
     assert summary["subnetwork"]["kept"] == 0.4
@@ -366,14 +423,29 @@ def test_a_trained_subnetwork_comes_back(trained: Path) -> None:
     normal = (pixels - np.array(net.preprocessing.mean)) / np.array(net.preprocessing.std)
     right = np.asarray(net(normal.astype(np.float32)).logits).argmax(-1) == test["labels"]
     assert summary["test_accuracy"] == right.mean() > 0.9
+    output = tmp_path / "popup.pth"
+    arguments = ("--input", trained, "--output", output, "--format", "hidden-networks")
+    assert converted(*arguments) == 0
+    model = ResNet(0.4, classes=2).eval()
+    found = torch.load(output, weights_only=True)["state_dict"]
+    model.load_state_dict({name.removeprefix("module."): v for name, v in found.items()})
+    images = torch.tensor(normal.transpose(0, 3, 1, 2), dtype=torch.float32)
+    np.testing.assert_allclose(
+        net(normal.astype(np.float32)).logits, model(images).detach(), atol=1e-5
+    )
 
 
-def test_another_share_than_the_folders_is_refused(trained: Path) -> None:
+def test_another_share_than_the_folders_is_refused(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     Network("small", str(trained), subnetwork=Subnetwork(0.4)).load()
     with pytest.raises(ValueError, match=r"holds a subnetwork that keeps 0.4: leave `subnetwork`"):
         Network("small", str(trained), subnetwork=Subnetwork(0.6)).load()
     with pytest.raises(ValueError, match="scale_by_kept: true plays no part: the file holds"):
         Network("small", str(trained), subnetwork=Subnetwork(0.4, scale_by_kept=True))
+    arguments = ("--input", trained, "--output", tmp_path / "x.pth", "--kept", 0.6)
+    assert converted(*arguments) == 2
+    assert "was trained to keep 0.4: leave --kept out" in capsys.readouterr().err
     with pytest.raises(ValueError, match="leave `weights` out"):
         pretrain.Config("small", weights=str(trained), subnetwork=Subnetwork(0.4))
 
