@@ -28,6 +28,7 @@ from jax import Array, lax
 from jinv import checks, image, optimise, training
 from jinv.checks import Count, Natural, NotNegative, Positive
 from jinv.image import Preprocessing
+from jinv.models.convolution import convolve
 from jinv.net import Net, Variables
 from jinv.objective import priors
 from jinv.objective.terms import label_loss
@@ -246,8 +247,5 @@ def _kernel(key: Array, inputs: int, outputs: int) -> Parameters:
     return {"kernel": draw(weight_key, (3, 3, inputs, outputs)), "bias": draw(bias_key, (outputs,))}
 
 
-def _convolved(x: Array, convolution: Parameters) -> Array:
-    y = lax.conv_general_dilated(
-        x, convolution["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-    return y + convolution["bias"]
+def _convolved(x: Array, layer: Parameters) -> Array:
+    return convolve(x, layer["kernel"], padding=1) + layer["bias"]
