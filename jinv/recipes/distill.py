@@ -188,7 +188,9 @@ class _Generated:
 
     def make(self, key: Array, memory: Any, student: Variables, **how: Any) -> Made:
         layer_key, draw_key, run_key = jax.random.split(key, 3)
-        parameters = self._generator.renew(layer_key, memory)
+        # The run takes its parameters over; the memory is saved if it is stopped.
+        kept = jax.tree.map(jnp.copy, memory)
+        parameters = self._generator.renew(layer_key, kept)
         told = self._generator.draw(draw_key, self._teacher.variables, student)
         state = optimise.run(self._generator.phases, run_key, parameters, told, **how)
         return Made(

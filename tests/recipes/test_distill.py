@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import yaml
 from jinv import data
 from jinv.recipes import distill
 from jinv.runs import command_line
+from jinv.runs.signals import Signals
 from recipe_examples import EXAMPLES
 
 ATTACK = {"phases": [{"steps": 4, "jitter": 1}], "warmup": 1}
@@ -70,6 +73,34 @@ def test_the_student_competes_as_it_is_now(tmp_path: Path, inversion: dict[str, 
     # The students differ after the first round only.
     np.testing.assert_array_equal(pools["adaptive"][:8], pools["faster"][:8])
     assert not np.array_equal(pools["adaptive"][8:16], pools["faster"][8:16])
+
+
+def test_a_generator_that_is_stopped_in_its_steps_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    recipe = EXAMPLES["distill"](tmp_path / "data")
+    recipe["run"] = {"checkpoint_seconds": 1000}
+    assert run(recipe, tmp_path / "whole") == 0
+    make, rounds, asked = distill._Generated.make, [], []
+
+    def stopped(*arguments: Any, should_stop: Signals, **how: Any) -> distill.Made:
+        rounds.append(1)
+
+        def stop() -> bool:
+            asked.append(len(rounds))
+            if asked.count(3) == 4:  # after the steps
+                os.kill(os.getpid(), signal.SIGTERM)
+            return should_stop()
+
+        return make(*arguments, should_stop=stop, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distill._Generated, "make", stopped)
+        assert run(recipe, tmp_path / "cut") == 128 + signal.SIGTERM
+    assert run(recipe, tmp_path / "cut", "--resume") == 0
+    for name in ("train.npz", "weights.safetensors"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_plain_inversion_does_not_look_at_the_student(
