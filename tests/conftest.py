@@ -14,6 +14,9 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # Compiling takes most of the tests' time. Unoptimised programs give the same numbers.
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax  # reads JAX_PLATFORMS when it is imported
 

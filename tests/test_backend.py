@@ -18,7 +18,7 @@ from jinv.attacks import deepinversion
 from jinv.models import layers
 from jinv.net import Net
 from jinv.objective.terms import Member
-from tiny import SPACE, quick_jit
+from tiny import SPACE
 
 SWITCHES = ("depthwise", "grouped", "pointwise", "strided", "moments", "remat")
 
@@ -77,7 +77,7 @@ def images_after_a_step(net: Net) -> np.ndarray:
     (phase,) = attack.phases
     images = jax.random.normal(jax.random.key(0), (3, 32, 32, 3), "float64")
     state = phase.enter(images, 0)
-    step = quick_jit(lambda *args: phase.step(*args))
+    step = jax.jit(lambda *args: phase.step(*args))
     return np.asarray(step(jax.random.key(1), state, attack.data)[0].images)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,14 +22,6 @@ OTHER_SPACE = Preprocessing(
     size=12, mean=(127.0, 120.0, 110.0), std=(128.0, 130.0, 126.0), pixel_range=(0.0, 255.0)
 )
 GRAY = Preprocessing(size=16, mean=(0.45,), std=(0.25,))
-
-# Unoptimised programs give the same numbers, and compiling takes most of the time on a CPU.
-quick_jit = functools.partial(
-    jax.jit,
-    compiler_options={"xla_backend_optimization_level": 0}
-    if jax.config.jax_platforms == "cpu"
-    else {},
-)
 
 
 class Tiny(nnx.Module):

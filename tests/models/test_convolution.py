@@ -18,7 +18,6 @@ from jax import Array
 from jinv import backend
 from jinv.models import convolution, layers, pooling
 from jinv.net import batch_moments
-from tiny import quick_jit
 
 SIZES = [(7, 10), (8, 5), (6, 6), (9, 7)]
 PADDINGS: tuple[convolution.Padding, ...] = (0, 1, 2, 3, "SAME")
@@ -114,7 +113,7 @@ def test_forms_and_their_gradients_equal_xla(
     forms = _forms(kernel, stride, padding, size, kind)
     operands = _operands(kernel, size, kind)
 
-    @quick_jit
+    @jax.jit
     def found(x: Array, w: Array) -> dict[str, tuple]:
         return {name: _value_and_gradients(form, x, w) for name, form in forms.items()}
 
@@ -138,7 +137,7 @@ def test_gradients_of_gradients_equal_xla(
         gradients = jax.grad(lambda x, w: jnp.sin(form(x, w)).sum(), (0, 1))(x, w)
         return sum((jnp.tanh(g).sum() for g in gradients), jnp.zeros(()))
 
-    @quick_jit
+    @jax.jit
     def found(x: Array, w: Array) -> dict[str, tuple]:
         return {
             name: jax.grad(lambda x, w, form=form: match(form, x, w), (0, 1))(x, w)
@@ -166,9 +165,9 @@ def test_vmap_over_images_and_weights(wide: None, kind: str) -> None:
     form = _forms(3, 2, 1, (7, 6), kind)["ours"]
     x, w = _operands(3, (7, 6), kind)
     x, w = jnp.stack([x, 2 * x, -x]), jnp.stack([w, w + 1, 3 * w])
-    one = quick_jit(lambda x, w: _value_and_gradients(form, x, w))
+    one = jax.jit(lambda x, w: _value_and_gradients(form, x, w))
     each = [one(*pair) for pair in zip(x, w, strict=True)]
-    together = quick_jit(jax.vmap(lambda x, w: _value_and_gradients(form, x, w)))(x, w)
+    together = jax.jit(jax.vmap(lambda x, w: _value_and_gradients(form, x, w)))(x, w)
     for i, found in enumerate(together):
         np.testing.assert_allclose(found, jnp.stack([values[i] for values in each]), rtol=1e-10)
 
@@ -185,7 +184,7 @@ def test_narrow_groups_are_convolved_together(
     w = _draw((3, 3, inputs // groups, outputs), 1, "float32")
     pads = ((1, 1), (1, 1))
 
-    @quick_jit
+    @jax.jit
     def found(x: Array, w: Array) -> dict[str, tuple]:
         return {
             name: _value_and_gradients(lambda x, w, form=form: form(x, w, 2, pads, groups), x, w)
@@ -238,9 +237,7 @@ def test_products_give_the_gradient_of_the_weights(wide: None, pads: convolution
         "xla": lambda x, w: convolution.direct(x, w, 1, pads, 1),
         "ours": lambda x, w: convolution.by_products(x, w, pads),
     }
-    found = {
-        name: quick_jit(functools.partial(_learned, form))(x, w) for name, form in forms.items()
-    }
+    found = {name: jax.jit(functools.partial(_learned, form))(x, w) for name, form in forms.items()}
     for ours, theirs in zip(found["ours"], found["xla"], strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-12)
 
@@ -291,8 +288,8 @@ def test_weights_are_learned_in_parts_of_many_images(
         forward = jax.jvp(form, (x, w), (jnp.cos(x), jnp.cos(w)))
         return *_learned(form, x, w), *forward, *jax.grad(slope, (0, 1))(x, w)
 
-    ours = quick_jit(lambda: all_of(lambda x, w: convolution.in_parts(x, w, 1, pads)))()
-    theirs = quick_jit(lambda: all_of(lambda x, w: convolution.direct(x, w, 1, pads, 1)))()
+    ours = jax.jit(lambda: all_of(lambda x, w: convolution.in_parts(x, w, 1, pads)))()
+    theirs = jax.jit(lambda: all_of(lambda x, w: convolution.direct(x, w, 1, pads, 1)))()
     for one, other in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-10)
 
@@ -372,7 +369,7 @@ def test_gradient_of_moments_equals_plain_ones(wide: None) -> None:
         mean, var = moments(x)
         return jnp.linalg.norm(mean - 0.3) + jnp.linalg.norm(var - 0.7)
 
-    @quick_jit
+    @jax.jit
     def derivatives(x: Array) -> dict[str, tuple]:
         found = {}
         near = functools.partial(batch_moments, near=jnp.full(6, 4.0))
@@ -471,7 +468,7 @@ def test_gelu(dtype: str) -> None:
 def test_derivatives_of_gelu_equal_jax(wide: None) -> None:
     plain = functools.partial(jax.nn.gelu, approximate=False)
 
-    @quick_jit
+    @jax.jit
     def found(x: Array) -> dict[str, tuple]:
         return {
             name: _derivatives(f, x) for name, f in {"direct": plain, "ours": layers.gelu}.items()

@@ -17,9 +17,8 @@ from jinv import models, training
 from jinv.models import layers
 from jinv.net import Net, parameters, with_parameters
 from jinv.objective.terms import label_loss
-from tiny import quick_jit
 
-QUICK = ("mnasnet0_5", "mobilenet_v3_small", "shufflenet_v2_x0_5", "resnet18_cifar")
+QUICK = ("mobilenet_v3_small", "shufflenet_v2_x0_5", "resnet18_cifar")
 OTHERS = (
     "alexnet",
     "convnext_tiny",
@@ -29,6 +28,7 @@ OTHERS = (
     "googlenet",
     "inception_v3",
     "maxvit_t",
+    "mnasnet0_5",
     "mobilenet_v2",
     "regnet_x_400mf",
     "regnet_y_400mf",
@@ -97,7 +97,7 @@ def _trained(net: Net, state: Any, batches: list[np.ndarray], labels: np.ndarray
     variables = jax.tree.map(jnp.asarray, weights_convert.to_flax(state, template))
     optimizer = optax.sgd(LR)
 
-    @quick_jit
+    @jax.jit
     def step(variables: Any, images: jax.Array) -> Any:
         def loss(now: Any) -> Any:
             outputs = net.mode(training=True)(with_parameters(variables, now), images)

@@ -26,7 +26,6 @@ from jinv import checks, image, models
 from jinv.models import layers, pooling, wide_resnet_cifar
 from jinv.net import Net, Outputs
 from jinv.objective import terms
-from tiny import quick_jit
 
 # The names and their numbers of parameters. torchvision's are those of its documentation.
 PARAMETERS = {
@@ -121,7 +120,6 @@ QUICK = (
     "densenet121",
     "efficientnet_b0",
     "efficientnet_lite0",
-    "efficientnet_lite2",
     "googlenet",
     "inception_v3",
     "lenet",
@@ -134,14 +132,14 @@ QUICK = (
     "resnet18",
     "resnet18_cifar",
     "resnet20_cifar",
-    "resnext50_32x4d",
     "shufflenet_v2_x0_5",
     "squeezenet1_1",
     "vgg11_bn",
     "vgg_small",
     "wrn_16_2",
 )
-# Differ in more than depth and width, but are large: efficientnet_v2_s and vgg11 run nightly.
+# Differ in more than depth and width, but take long: efficientnet_lite2, efficientnet_v2_s,
+# resnext50_32x4d and vgg11 run nightly.
 EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in PARAMETERS]
 WITHOUT_BATCH_NORM = ("lenet", "vgg_small", "alexnet", "convnext", "squeezenet")
 
@@ -219,6 +217,11 @@ def test_names_shapes_and_order_are_those_of_torchs_state_dict(
     assert sum(map(math.prod, trained)) == PARAMETERS[name]
 
 
+def test_the_docs_table_names_every_network() -> None:
+    assert set(network_table.known()) == set(models.registry.zoo())
+
+
+@pytest.mark.slow
 def test_the_docs_table_is_current() -> None:
     assert network_table.table(network_table.known()) in network_table.FILE.read_text()
 
@@ -305,7 +308,7 @@ def deepinversion(net: Net) -> Any:
         label = terms.label_loss(outputs.logits, jnp.asarray(labels))
         return label + 0.1 * sum(distances), outputs
 
-    compiled = quick_jit(jax.value_and_grad(loss, has_aux=True))
+    compiled = jax.jit(jax.value_and_grad(loss, has_aux=True))
     return lambda images, labels: compiled(images, labels, net.variables)
 
 
