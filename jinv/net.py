@@ -223,7 +223,7 @@ class Net:
             functools.partial(forward, train_graphdef, found.training),
             nnx.to_pure_dict(state),
             preprocessing,
-            frozenset(path for path, _ in _leaves(learned)),
+            frozenset(path for path, _ in leaves(learned)),
         )
 
     @staticmethod
@@ -593,7 +593,7 @@ def with_parameters(variables: Variables, changed: Parameters) -> dict[Any, Any]
 def _check_numbers(net: Net) -> None:
     """Refuse weights and statistics that no sound training leaves."""
     statistics = {path: _get(net.variables, path) for pair in net.statistics for path in pair}
-    for path, leaf in (*_leaves(parameters(net)), *statistics.items()):
+    for path, leaf in (*leaves(parameters(net)), *statistics.items()):
         if not _is_finite(leaf):
             raise NetworkError(
                 f"{net.name} has values in {dotted(path)} that are not finite: the weights are "
@@ -630,11 +630,11 @@ def _is_float(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and bool(jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
-def _leaves(tree: Variables, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Every leaf with its path."""
+def leaves(tree: Variables, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Yield every leaf with its path."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, (*path, key))
+            yield from leaves(value, (*path, key))
         else:
             yield (*path, key), value
 

@@ -10,9 +10,9 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from jinv import models
+from jinv.net import leaves
 from weights_convert import BUFFERS
 
 FILE = Path(__file__).resolve().parents[1] / "docs" / "networks.md"
@@ -31,21 +31,13 @@ def table(differences: Mapping[str, str]) -> str:
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     for name in sorted(models.registry.zoo()):
-        shapes = dict(_leaves(models.template(name)))
-        parameters = sum(math.prod(v) for key, v in shapes.items() if key[-1] not in BUFFERS)
-        norms = sum(key[-1] == "running_mean" for key in shapes)
+        found = dict(leaves(models.template(name)))
+        parameters = sum(math.prod(v.shape) for key, v in found.items() if key[-1] not in BUFFERS)
+        norms = sum(key[-1] == "running_mean" for key in found)
         size = models.entry(name).preprocessing.size
         difference = differences.get(name, UNKNOWN)
         lines.append(f"| `{name}` | {parameters:,} | {norms} | {size} | {difference} |")
     return "\n".join(lines) + "\n"
-
-
-def _leaves(tree: Mapping[Any, Any], path: tuple[Any, ...] = ()) -> Any:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, (*path, key))
-        else:
-            yield (*path, key), value.shape
 
 
 def known() -> dict[str, str]:

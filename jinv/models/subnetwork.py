@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -20,7 +20,7 @@ from jax import Array
 
 from jinv import checks
 from jinv.checks import PositiveShare
-from jinv.net import Net, Path, Variables, parameters, with_parameters
+from jinv.net import Net, Variables, leaves, parameters, with_parameters
 from weights_convert import WeightsError
 from weights_convert.subnetworks import SCORES
 
@@ -213,17 +213,8 @@ def trainable(net: Net, variables: Variables, kept: float) -> Net:
         apply=masked(net.apply),
         train_apply=None if net.train_apply is None else masked(net.train_apply),
         variables=variables,
-        trained=frozenset(_scores(variables)),
+        trained=frozenset(path for path, _ in leaves(variables) if path[-1] == SCORES),
     )
-
-
-def _scores(variables: Variables, path: Path = ()) -> Iterator[Path]:
-    """Paths of all scores."""
-    for key, value in variables.items():
-        if isinstance(value, Mapping):
-            yield from _scores(value, (*path, key))
-        elif key == SCORES:
-            yield (*path, key)
 
 
 def check_kept(net: Net, variables: Variables, kept: float) -> str:
@@ -245,7 +236,7 @@ def check_kept(net: Net, variables: Variables, kept: float) -> str:
     Raises:
       WeightsError: another share fits clearly better; it says which.
     """
-    every = [_at(variables, path) for path in _scores(variables)]
+    every = [leaf for path, leaf in leaves(variables) if path[-1] == SCORES]
     density = float(sum((leaf != 0).sum() for leaf in every)) / sum(leaf.size for leaf in every)
     if density and all(bool(((leaf == 0) | (leaf == 1)).all()) for leaf in every):
         if abs(density - kept) > _NEAR:
@@ -305,10 +296,3 @@ def _agreement(net: Net, variables: Variables) -> Callable[[float], float]:
 
 _NOISE = 4
 """Images of noise: at the end of a network enough positions are left for moments."""
-
-
-def _at(variables: Variables, path: Path) -> Array:
-    found: Any = variables
-    for part in path:
-        found = found[part]
-    return found
