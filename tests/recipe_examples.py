@@ -12,11 +12,13 @@ import weights_convert
 from jinv.shadow import features
 
 
-def arrays(folder: Path) -> dict[str, Any]:
-    """Gray 28 px images of two classes, as `data:` of a config."""
-    rng = np.random.default_rng(0)
-    labels = np.arange(26) % 2
-    images = (rng.integers(0, 60, (26, 28, 28)) + 150 * labels[:, None, None]).astype(np.uint8)
+def arrays(folder: Path, count: int = 26, size: int = 28, seed: int = 0) -> dict[str, Any]:
+    """Gray images of two classes, as `data:` of a config."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % 2
+    images = (rng.integers(0, 60, (count, size, size)) + 150 * labels[:, None, None]).astype(
+        np.uint8
+    )
     for split in ("train", "test"):
         np.savez(folder / f"{split}.npz", images=images, labels=labels, classes=["dark", "bright"])
     return {"format": "arrays", "folder": str(folder)}

@@ -33,6 +33,7 @@ from jinv.models.subnetwork import (
 from jinv.net import Net, parameters
 from jinv.recipes import convert, invert, pretrain
 from jinv.runs import command_line
+from recipe_examples import arrays
 from tiny import network
 from weights_convert import WeightsError, subnetworks
 
@@ -389,14 +390,9 @@ def test_the_share_given_the_wrong_way_round_is_noticed(peer: Any, tmp_path: Pat
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    rng = np.random.default_rng(0)
-    labels = np.arange(80) % 2
-    images = (rng.integers(0, 60, (80, 8, 8)) + 150 * labels[:, None, None]).astype(np.uint8)
-    for split in ("train", "test"):
-        np.savez(folder / f"{split}.npz", images=images, labels=labels, classes=["dark", "bright"])
     tree = {
         "model": "small",
-        "data": {"format": "arrays", "folder": str(folder)},
+        "data": arrays(folder, 80, 8),
         "subnetwork": {"kept": 0.4},
         "training": {"epochs": 3, "batch": 16, "warmup": 2, "lr": 0.1},
     }
@@ -466,18 +462,23 @@ def test_statistics_can_be_reset(trained: Path) -> None:
     assert kept.mean() == pytest.approx(0.2)
 
 
-def test_it_is_inverted_as_any_other(peer: Any, tmp_path: Path) -> None:
-    source = saved(tmp_path / "popup.pth", public(peer))
+def inverted(model: str, source: Path, kept: float, labels: list[int]) -> dict[str, Any]:
+    """Two steps of `jinv invert` beside the file: its summary."""
     tree = {
-        "networks": [{"model": "small", "weights": str(source), "subnetwork": {"kept": KEPT}}],
+        "networks": [{"model": model, "weights": str(source), "subnetwork": {"kept": kept}}],
         "images": 2,
-        "labels": [1, 4],
+        "labels": labels,
         "attack": {"warmup": 1, "phases": [{"steps": 2, "jitter": 1}]},
     }
-    (tmp_path / "c.yaml").write_text(json.dumps(tree))
-    arguments = ["--config", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "out")]
-    assert command_line.main(invert.COMMAND, arguments) == 0
-    assert json.loads((tmp_path / "out" / "summary.json").read_text())["steps"] == 2
+    config, out = source.with_name("c.yaml"), source.with_name("out")
+    config.write_text(json.dumps(tree))
+    assert command_line.main(invert.COMMAND, ["--config", str(config), "--out", str(out)]) == 0
+    return json.loads((out / "summary.json").read_text())
+
+
+def test_it_is_inverted_as_any_other(peer: Any, tmp_path: Path) -> None:
+    source = saved(tmp_path / "popup.pth", public(peer))
+    assert inverted("small", source, KEPT, [1, 4])["steps"] == 2
 
 
 @pytest.mark.slow
@@ -502,15 +503,6 @@ def test_a_resnet50_of_full_size_is_inverted(tmp_path: Path) -> None:
             state[f"module.{name}"] = torch.tensor(rng.normal(0, std, shape), dtype=torch.float32)
     assert len(state) == 267
     saved(source, {"state_dict": state, "arch": "ResNet50", "epoch": 100})
-    tree = {
-        "networks": [{"model": "resnet50", "weights": str(source), "subnetwork": {"kept": 0.3}}],
-        "images": 2,
-        "labels": [985, 417],
-        "attack": {"warmup": 1, "phases": [{"steps": 2, "jitter": 1}]},
-    }
-    (tmp_path / "c.yaml").write_text(json.dumps(tree))
-    arguments = ["--config", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "out")]
-    assert command_line.main(invert.COMMAND, arguments) == 0
-    told = json.loads((tmp_path / "out" / "summary.json").read_text())
+    told = inverted("resnet50", source, 0.3, [985, 417])
     assert told["steps"] == 2
     assert np.isfinite(told["loss"])

@@ -31,6 +31,7 @@ from jinv.models import registry, resnet_cifar
 from jinv.recipes import pretrain
 from jinv.runs import command_line, signals
 from jinv.runs import config as configs
+from recipe_examples import arrays
 
 SUMMARY_KEYS = {
     *(
@@ -326,11 +327,7 @@ TRANSFER = {
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Gray 8 px images of two classes: two epochs of five batches and one of four."""
     folder = tmp_path_factory.mktemp("other")
-    rng = np.random.default_rng(5)
-    labels = np.arange(34) % 2
-    images = (rng.integers(0, 60, (34, 8, 8)) + 150 * labels[:, None, None]).astype(np.uint8)
-    for split in ("train", "test"):
-        np.savez(folder / f"{split}.npz", images=images, labels=labels, classes=["dark", "bright"])
+    arrays(folder, 34, 8, seed=5)
     return folder
 
 
