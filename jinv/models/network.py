@@ -78,16 +78,14 @@ class Network:
                         f"{self.weights} holds a network of {net.classes} classes, not of "
                         f"{self.classes}: leave `classes` out"
                     )
-                self._check_kept()
-            elif self.weights != "random":
-                net = registry.load(
-                    self.model, self.weights, classes=self.classes, subnetwork=self.subnetwork
-                )
-            elif own.names_one(self.model):
+                if self.subnetwork is not None:
+                    self._check_kept(self.subnetwork.kept)
+            elif self.weights == "random" and own.names_one(self.model):
                 raise ValueError("it comes with its function's weights: leave `weights` out")
             else:
+                weights = None if self.weights == "random" else self.weights
                 net = registry.load(
-                    self.model, None, classes=self.classes, subnetwork=self.subnetwork
+                    self.model, weights, classes=self.classes, subnetwork=self.subnetwork
                 )
         except (ValueError, OSError, ImportError) as error:
             raise ValueError(f"cannot load {self.label}: {error}") from None
@@ -96,10 +94,10 @@ class Network:
             net = dataclasses.replace(net, variables=variables, weights=None)
         return dataclasses.replace(net, name=self.label)
 
-    def _check_kept(self) -> None:
+    def _check_kept(self, said: float) -> None:
         """Refuse another share than the folder's."""
         kept = trained.kept(files.path(self.weights))
-        if self.subnetwork is not None and self.subnetwork.kept != kept:
+        if said != kept:
             held = "no subnetwork" if kept is None else f"a subnetwork that keeps {kept:g}"
             raise ValueError(f"{self.weights} holds {held}: leave `subnetwork` out")
 
