@@ -1,9 +1,8 @@
 """Every choice that depends on the processor: one switch each, and what it stands at where.
 
-Nothing here changes a result beyond rounding. `CPU` is measured on two cores. `OTHER` (GPU, TPU) is
-reasoned from the programs that XLA's compiler makes for an NVIDIA H100 of a DeepInversion step on
-84 images of 224 px: the bytes that its kernels read and write. `make gpu-check` times both
-positions of every switch on a card.
+Nothing here changes a result beyond rounding. `CPU` is measured on two cores, `OTHER` (GPU, TPU) on
+an NVIDIA H200, with DeepInversion steps on 84 images of 224 px and single layers of them. Comments
+give the time relative to the other position. `make gpu-check` times both on a card.
 """
 
 from __future__ import annotations
@@ -29,6 +28,8 @@ class Choices:
       pointwise: 1x1 convolution as XLA's "convolution", or as a matrix "product".
       strided: convolution whose gradient XLA would spread with zeros, or that has few output
         pixels, as XLA's "convolution", or "unfolded" into a matrix product.
+      stem: strided convolution of few channels, such as a network's first, as XLA's "convolution",
+        or "folded": of blocks of pixels, with stride 1.
       weights: the gradient of a convolution's weights, where they are learned on large maps, as
         XLA's "convolution", or as "products" of shifted slices.
       images: the gradient of a convolution's weights of many images "together", or "in_parts" of
@@ -48,6 +49,7 @@ class Choices:
     grouped: Literal["convolution", "split"]
     pointwise: Literal["convolution", "product"]
     strided: Literal["convolution", "unfolded"]
+    stem: Literal["convolution", "folded"]
     weights: Literal["convolution", "products"]
     images: Literal["together", "in_parts"]
     moments: Literal["one_pass", "two_passes"]
@@ -62,6 +64,7 @@ CPU = Choices(
     grouped="split",  # 40 times as fast backward
     pointwise="product",  # 1.5 to 2 times as fast
     strided="unfolded",  # 2.4 times as fast on 4 x 4 pixels
+    stem="convolution",
     weights="products",  # 2.6 times as fast on 32 x 32 pixels, 1.5 times on 16 x 16
     images="in_parts",  # 2 to 4 times as fast with 128 images of 28 x 28 or 14 x 14 pixels
     moments="two_passes",
@@ -72,25 +75,21 @@ CPU = Choices(
 )
 
 OTHER = Choices(
-    # XLA joins the slices with the BatchNorm and activation before them, and with the moments after
-    # them: MobileNetV2 moves 10.1 GB instead of 12.6 in bfloat16, 17.6 instead of 23.4 in float32,
-    # for which cuDNN's grouped kernels are slow besides.
-    depthwise="slices",
-    # A kernel for each of a ResNeXt's 32 groups would not fill the card.
-    grouped="convolution",
-    # ResNet-50 moves 21.6 GB, as products 22.1: cuDNN adds bias and residual on the way.
+    # 0.5 to 0.9 a layer, and 0.1 in MobileNetV2 (6.3 ms a step instead of 68): slices move fewer
+    # bytes, but XLA joins them with the layers before, which it then computes once a slice.
+    depthwise="convolution",
+    grouped="convolution",  # 0.7 with 4 channels a group, 0.1 with 16
+    # 0.9 where cuDNN adds a residual on the way and 0.75 with a stride, but 1.1 to 1.3 where
+    # channels get fewer. Products alone save 4% of MobileNetV2.
     pointwise="convolution",
-    # XLA finds cuDNN's own input gradient behind the one spread with zeros; unfolded 22.2 GB.
-    strided="convolution",
-    # cuDNN has kernels for it.
-    weights="convolution",
-    images="together",
-    # XLA joins both sums with the layer's normalisation: 21.6 GB and 585 kernels of ResNet-50
-    # instead of 23.4 and 691.
-    moments="one_pass",
-    loop="scan",  # measured on an H200: 11.2 ms a step of ResNet-50 instead of 12.6
-    # XLA keeps no masks, and computes again what is cheap: 25.1 GB with it, for a quarter less
-    # memory.
+    strided="convolution",  # 0.4 to 1: XLA finds cuDNN's own input gradient
+    stem="folded",  # 0.45 to 0.65, and 0.93 of ResNet-50
+    weights="convolution",  # 0.65
+    images="together",  # 0.2 to 0.3
+    moments="one_pass",  # 0.8: XLA joins both sums with the layer's normalisation
+    loop="scan",  # 1, and the host is free meanwhile
+    # XLA keeps no masks, and computes again what is cheap: 25.1 GB with it instead of 21.6, for a
+    # quarter less memory.
     remat=False,
     seeds="together",
     threefry="jax",  # JAX writes it out itself for GPUs

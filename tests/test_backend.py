@@ -20,7 +20,7 @@ from jinv.net import Net
 from jinv.objective.terms import Member
 from tiny import SPACE
 
-SWITCHES = ("depthwise", "grouped", "pointwise", "strided", "moments", "remat")
+SWITCHES = ("depthwise", "grouped", "pointwise", "strided", "stem", "moments", "remat")
 
 
 def other_position(switch: str) -> Any:

@@ -36,6 +36,8 @@ def convolve(
     use = backend.choices()
     height, width, inputs, outputs = weight.shape
     if groups == 1:
+        if stride > 1 and inputs < _FEW and use.stem == "folded":
+            return folded(x, weight, stride, pads)
         narrow = height == width == 1 and not any(map(any, pads))
         if narrow and use.pointwise == "product":
             return pointwise(x, weight, stride)
@@ -162,6 +164,35 @@ def unfolded(x: Array, weight: Array, stride: int, pads: Pads) -> Array:
     outputs = weight.shape[-1]
     windows = [w for row in _shifted(x, weight, stride, pads) for w in row]
     return jnp.concatenate(windows, -1) @ weight.reshape(-1, outputs)
+
+
+_FEW = 8
+"""Channels below which a GPU's matrix units have too little to multiply."""
+
+
+def folded(x: Array, weight: Array, stride: int, pads: Pads) -> Array:
+    """Convolve blocks of stride x stride pixels, laid behind each other as channels, with stride 1.
+
+    Args:
+      x, weight, stride, pads: see `direct`.
+    """
+    height, width = _output_size(x.shape[1:3], weight.shape, stride, pads)
+    rows, columns = (-(-side // stride) for side in weight.shape[:2])
+    missing = [stride * n - side for n, side in zip((rows, columns), weight.shape, strict=False)]
+    weight = jnp.pad(weight, ((0, missing[0]), (0, missing[1]), (0, 0), (0, 0)))
+    sides = stride * (height + rows - 1), stride * (width + columns - 1)
+    after = [n - (size + pad[0]) for n, size, pad in zip(sides, x.shape[1:3], pads, strict=True)]
+    edges = ((0, 0, 0), *((pad[0], end, 0) for pad, end in zip(pads, after, strict=True)))
+    x = lax.pad(x, jnp.zeros((), x.dtype), (*edges, (0, 0, 0)))
+    return direct(_blocks(x, stride), _blocks(weight[None], stride)[0], 1, ((0, 0), (0, 0)), 1)
+
+
+def _blocks(x: Array, side: int) -> Array:
+    """(N, s H, s W, C, ...) -> (N, H, W, s s C, ...)."""
+    batch, height, width, channels, *rest = x.shape
+    x = x.reshape(batch, height // side, side, width // side, side, channels, *rest)
+    x = jnp.moveaxis(x, 2, 3)
+    return x.reshape(batch, height // side, width // side, side * side * channels, *rest)
 
 
 def pointwise(x: Array, weight: Array, stride: int) -> Array:

@@ -42,6 +42,12 @@ LAYERS: dict[str, tuple[Layer, ...]] = {
         Layer(3, 256, 256, 28, stride=2),
         Layer(3, 512, 512, 14, stride=2),
     ),
+    "stem": (
+        Layer(7, 3, 64, 224, stride=2),
+        Layer(7, 3, 64, 224, stride=2, dtype="float32"),
+        Layer(3, 3, 32, 224, stride=2),
+        Layer(3, 3, 32, 224, stride=2, dtype="float32"),
+    ),
     "moments": (Layer(0, 256, 256, 56, residual=True), Layer(0, 96, 96, 112, dtype="float32")),
 }
 LAYOUTS = {"auto": "", "NCHW": "--xla_gpu_force_conv_nchw", "NHWC": "--xla_gpu_force_conv_nhwc"}

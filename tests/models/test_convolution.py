@@ -71,6 +71,8 @@ def _forms(
         forms["ours"] = lambda x, w: convolution.unfolded(x, w, stride, pads)
         if kernel == 1 and not any(map(any, pads)):
             forms["pointwise"] = lambda x, w: convolution.pointwise(x, w, stride)
+        if stride > 1:
+            forms["folded"] = lambda x, w: convolution.folded(x, w, stride, pads)
     elif kind == "depthwise":
         forms["ours"] = lambda x, w: convolution.depthwise(x, w, stride, pads)
     else:
@@ -225,6 +227,15 @@ def test_every_form_has_its_switch(
     assert convolutions() == 1
     expected = {"slices": 0, "split": 4, "product": 0, "unfolded": 0 if kind == "dense" else 1}
     assert convolutions(**{switch: ours}) == expected[ours]
+
+
+@pytest.mark.parametrize(("channels", "strides"), [(3, 1), (8, 2)])
+def test_few_strided_channels_are_folded(channels: int, strides: int) -> None:
+    """A convolution of blocks has stride 1."""
+    x, w = _draw((2, 9, 8, channels), 0, "float32"), _draw((3, 3, channels, 4), 1, "float32")
+    with backend.choose(stem="folded", strided="convolution"):
+        program = str(jax.make_jaxpr(lambda x: convolution.convolve(x, w, stride=2, padding=1))(x))
+    assert f"window_strides=({strides}, {strides})" in program
 
 
 PADS = [((1, 1), (1, 1)), ((1, 0), (0, 1)), ((0, 0), (2, 3))]
