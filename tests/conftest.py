@@ -33,7 +33,7 @@ if importlib.util.find_spec("torch"):
     import torch
 
     torch.set_num_threads(2)
-    if importlib.util.find_spec("torchvision"):
+    if torch.version.cuda is None and importlib.util.find_spec("torchvision"):
         # torchvision's compiled operators do not load beside a CPU-only torch, and it will not be
         # imported unless these two exist. Its classifiers use neither. Keep the reference alive.
         _operators = torch.library.Library("torchvision", "DEF")
