@@ -69,7 +69,7 @@ bench: $(INSTALLED_DEV)  ## Time our steps against PyTorch's.
 # Needs no .venv, which a machine with a GPU may not be able to make: PYTHON=... counts most.
 GPU_PYTHON = $(if $(filter command environment,$(origin PYTHON)),$(PYTHON),$(or $(wildcard $(BIN)/python),$(PYTHON)))
 
-gpu-check:  ## All checks that need a GPU, in under eight minutes; JSON and table in out/gpu.
+gpu-check:  ## All checks that need a GPU, in nine minutes; JSON and table in out/gpu.
 	$(GPU_PYTHON) scripts/gpu_check.py --out out/gpu
 
 lint: $(INSTALLED_DEV)

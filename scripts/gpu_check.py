@@ -1,4 +1,4 @@
-"""All checks that need a GPU, in less than eight minutes; one JSON file and one table.
+"""All checks that need a GPU, in nine minutes; one JSON file and one table.
 
     python scripts/gpu_check.py --out out/gpu
     python scripts/gpu_check.py --out out/gpu --parts steps kernels
@@ -7,19 +7,19 @@
 The checkout is enough; jinv need not be installed. Each part is a file in `scripts/gpu`, and runs
 in a process of its own: one that crashes takes nothing with it, and rows are written as they come.
 Every part has a share of `--seconds`, after which it is ended; what it leaves goes to the next. In
-this order, with their shares of 460 seconds:
+this order, with their shares of 535 seconds:
 
     card           12  what the other times stand beside
     steps          85  DeepInversion of 84 images
-    command        50  `jinv invert` from start to finish, against its steps alone
-    switches       85  both positions of every switch in `jinv.backend`; dtypes; layouts
-    shadow         18  shadow models to the device, the host and the disk
+    command        75  `jinv invert` from start to finish, against its steps alone
+    switches       100  both positions of every switch in `jinv.backend`; dtypes; layouts
+    shadow         25  shadow models to the device, the host and the disk
     kernels        33  of two of the steps: bytes and time of each
-    gradients      22  gradient inversion
+    gradients      40  gradient inversion
     strided        15  input gradients of ResNet-50's strided convolutions, against PyTorch
-    tests          50  those marked `gpu`
-    peers          30  ResNet-50's step against PyTorch, eager and compiled
-    reconstructor  60  training steps of the published reconstructors, likewise
+    tests          75  those marked `gpu`
+    peers          35  ResNet-50's step against PyTorch, eager
+    reconstructor  40  training steps of the published reconstructors, likewise
 
 `--tiny` runs all this in sizes for a CPU. The status is 1 if a part failed, a test among them, but
 not if time ran out. The folder holds `gpu_check.json`, `gpu_check.txt` (the table), for each part
@@ -101,15 +101,15 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARES = {
     "card": 12,
     "steps": 85,
-    "command": 50,
-    "switches": 85,
-    "shadow": 18,
+    "command": 75,
+    "switches": 100,
+    "shadow": 25,
     "kernels": 33,
-    "gradients": 22,
+    "gradients": 40,
     "strided": 15,
-    "tests": 50,
-    "peers": 30,
-    "reconstructor": 60,
+    "tests": 75,
+    "peers": 35,
+    "reconstructor": 40,
 }
 LEAST = 5
 """Seconds without which a part is not begun."""

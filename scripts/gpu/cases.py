@@ -31,7 +31,6 @@ class Case:
 
 RESNET50 = Case("resnet50", 84, 224, "bfloat16")
 MOBILENET_V2 = Case("mobilenet_v2", 84, 224, "bfloat16")
-LITE0 = Case("efficientnet_lite0", 84, 224, "bfloat16")
 TINY = Case("tiny", 2, 16, "bfloat16")
 
 

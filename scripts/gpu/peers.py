@@ -1,4 +1,4 @@
-"""ResNet-50's step beside PyTorch's, eager and compiled, in one process."""
+"""ResNet-50's step beside PyTorch's eager one, with images laid either way, in one process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gpu.part import Given
 
 
 def run(given: Given) -> None:
-    """One row a peer; the last takes a minute to compile."""
+    """One row a peer. `scripts/benchmark.py` has a compiled one, which takes over a minute."""
     if not given.tiny:
         timing.prepare()
     case = cases.TINY if given.tiny else cases.RESNET50
@@ -22,8 +22,7 @@ def run(given: Given) -> None:
     images, targets = problem(case.batch, case.size)
     bounds = attack.space.black, attack.space.white
     net = with_statistics(tiny()) if given.tiny else torch_network(case.network)
-    on_card = jax.default_backend() == "gpu"
-    for name in ("pytorch_channels_last", "pytorch_compiled")[: 2 if on_card else 1]:
+    for name in ("pytorch_channels_last", "pytorch_frozen"):
         rest = (images, targets % 10 if given.tiny else targets, bounds, 100_000, case.dtype)
         peer = TorchInversion(name, [net], [SAME], *rest)
         found = steps.timed({"ours": ours, "peer": peer}, 1 if given.tiny else 3)
