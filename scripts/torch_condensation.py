@@ -50,14 +50,17 @@ class Teacher:
       classes: how many.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
         summary = json.loads((folder / "summary.json").read_text())
         space = summary["preprocessing"]
         self.classes, self.size = len(summary["classes"]), int(space["size"])
-        self.mean, self.std = (torch.tensor(space[k])[:, None, None] for k in ("mean", "std"))
+        self.mean, self.std = (
+            torch.tensor(space[k], device=device)[:, None, None] for k in ("mean", "std")
+        )
+        self.device = device
         self.net = torch_cifar.network(summary["model"], self.classes)
         self.net.load_state_dict(load_file(folder / "weights.safetensors"))
-        self.net.eval().requires_grad_(False)
+        self.net.eval().requires_grad_(False).to(device)
 
     def normalised(self, pixels: Tensor) -> Tensor:
         """Pixels (B, C, H, W) in [0, 1] as the network takes them."""
@@ -66,11 +69,11 @@ class Teacher:
 
 def recover(teacher: Teacher, per_class: int, steps: int, mirrored: float) -> tuple[Tensor, Tensor]:
     """Return images as bytes (N, 3, H, W) and their classes, all of them optimised together."""
-    targets = torch.arange(teacher.classes).repeat(per_class)
+    targets = torch.arange(teacher.classes, device=teacher.device).repeat(per_class)
     shape = (len(targets), 3, teacher.size, teacher.size)
-    images = torch.randn(shape, requires_grad=True)
+    images = torch.randn(shape).to(teacher.device).requires_grad_()
     optimiser = torch.optim.Adam([images], LR, BETAS)
-    low, high = teacher.normalised(torch.zeros(3, 1, 1)), teacher.normalised(torch.ones(3, 1, 1))
+    low, high = -teacher.mean / teacher.std, (1 - teacher.mean) / teacher.std
     distances: list[Tensor] = []
 
     def compare(norm: nn.BatchNorm2d, inputs: tuple[Tensor], _: Tensor) -> None:
@@ -109,7 +112,7 @@ def write(folder: Path, images: Tensor, targets: Tensor) -> None:
     for i, (image, target) in enumerate(zip(images, targets.tolist(), strict=True)):
         place = folder / "train" / f"{target:03d}"
         place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(place / f"{i:03d}.png")
+        Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(place / f"{i:03d}.png")
 
 
 def read(folder: Path) -> Tensor:
@@ -130,7 +133,7 @@ def train(teacher: Teacher, student: nn.Module, images: Tensor, batch: int, epoc
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs * per_epoch)
     student.train()
     for epoch in range(epochs):
-        order = torch.randperm(len(images))
+        order = torch.randperm(len(images)).to(images.device)
         for i in range(per_epoch):
             chosen = images[order[i * batch : (i + 1) * batch]]
             pixels = torch_cifar.augmented(chosen, PARTS) / 255
@@ -178,20 +181,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=300)
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="PyTorch's name of it")
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     args = parser.parse_args(arguments)
     random.seed(args.seed)
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
-    teacher, test = Teacher(args.teacher), fashion_mnist(args.data)
+    teacher = Teacher(args.teacher, args.device)
+    test = [part.to(args.device) for part in fashion_mnist(args.data)]
     began = time.perf_counter()
     if args.images is None:
         images, targets = recover(teacher, args.per_class, args.steps, args.mirrored)
         write(args.out, images, targets)
     else:
-        images = read(args.images)
+        images = read(args.images).to(args.device)
     recovered = time.perf_counter()
-    student = torch_cifar.network(args.student, teacher.classes)
+    student = torch_cifar.network(args.student, teacher.classes).to(args.device)
     train(teacher, student, images, args.batch, args.epochs)
     trained = time.perf_counter()
     summary = {
