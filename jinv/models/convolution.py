@@ -178,21 +178,24 @@ def folded(x: Array, weight: Array, stride: int, pads: Pads) -> Array:
     """
     height, width = _output_size(x.shape[1:3], weight.shape, stride, pads)
     rows, columns = (-(-side // stride) for side in weight.shape[:2])
-    missing = [stride * n - side for n, side in zip((rows, columns), weight.shape, strict=False)]
-    weight = jnp.pad(weight, ((0, missing[0]), (0, missing[1]), (0, 0), (0, 0)))
-    sides = stride * (height + rows - 1), stride * (width + columns - 1)
-    after = [n - (size + pad[0]) for n, size, pad in zip(sides, x.shape[1:3], pads, strict=True)]
-    edges = ((0, 0, 0), *((pad[0], end, 0) for pad, end in zip(pads, after, strict=True)))
-    x = lax.pad(x, jnp.zeros((), x.dtype), (*edges, (0, 0, 0)))
-    return direct(_blocks(x, stride), _blocks(weight[None], stride)[0], 1, ((0, 0), (0, 0)), 1)
+    (top, _), (left, _) = pads
+    x = _blocks(x, stride, (height + rows - 1, width + columns - 1), (top, left))
+    weight = _blocks(weight[None], stride, (rows, columns), (0, 0))[0]
+    return direct(x, weight, 1, ((0, 0), (0, 0)), 1)
 
 
-def _blocks(x: Array, side: int) -> Array:
-    """(N, s H, s W, C, ...) -> (N, H, W, s s C, ...)."""
-    batch, height, width, channels, *rest = x.shape
-    x = x.reshape(batch, height // side, side, width // side, side, channels, *rest)
-    x = jnp.moveaxis(x, 2, 3)
-    return x.reshape(batch, height // side, width // side, side * side * channels, *rest)
+def _blocks(x: Array, side: int, counts: tuple[int, int], before: tuple[int, int]) -> Array:
+    """(N, H, W, C, ...) -> (N, *counts, side side C, ...), with zeros before and behind.
+
+    Rows and columns behind the last block are left out.
+    """
+    sides = zip(counts, before, x.shape[1:3], strict=True)
+    edges = [(zeros, side * count - size - zeros, 0) for count, zeros, size in sides]
+    none = (0, 0, 0)
+    x = lax.pad(x, jnp.zeros((), x.dtype), (none, *edges, *(none,) * (x.ndim - 3)))
+    batch, _, _, channels, *rest = x.shape
+    x = x.reshape(batch, counts[0], side, counts[1], side, channels, *rest)
+    return jnp.moveaxis(x, 2, 3).reshape(batch, *counts, side * side * channels, *rest)
 
 
 def pointwise(x: Array, weight: Array, stride: int) -> Array:
