@@ -57,7 +57,6 @@ class Teacher:
         self.mean, self.std = (
             torch.tensor(space[k], device=device)[:, None, None] for k in ("mean", "std")
         )
-        self.device = device
         self.net = torch_cifar.network(summary["model"], self.classes)
         self.net.load_state_dict(load_file(folder / "weights.safetensors"))
         self.net.eval().requires_grad_(False).to(device)
@@ -69,11 +68,12 @@ class Teacher:
 
 def recover(teacher: Teacher, per_class: int, steps: int, mirrored: float) -> tuple[Tensor, Tensor]:
     """Return images as bytes (N, 3, H, W) and their classes, all of them optimised together."""
-    targets = torch.arange(teacher.classes, device=teacher.device).repeat(per_class)
+    targets = torch.arange(teacher.classes, device=teacher.mean.device).repeat(per_class)
     shape = (len(targets), 3, teacher.size, teacher.size)
-    images = torch.randn(shape).to(teacher.device).requires_grad_()
+    images = torch.randn(shape).to(teacher.mean.device).requires_grad_()
     optimiser = torch.optim.Adam([images], LR, BETAS)
-    low, high = -teacher.mean / teacher.std, (1 - teacher.mean) / teacher.std
+    black = torch.zeros_like(teacher.mean)
+    low, high = teacher.normalised(black), teacher.normalised(black + 1)
     distances: list[Tensor] = []
 
     def compare(norm: nn.BatchNorm2d, inputs: tuple[Tensor], _: Tensor) -> None:
