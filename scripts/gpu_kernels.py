@@ -1,7 +1,7 @@
 """The kernels that XLA makes of a step for a GPU, on a machine that has none.
 
     python scripts/gpu_kernels.py resnet50 84 224 bfloat16
-    python scripts/gpu_kernels.py mobilenet_v2 84 224 float32 --set depthwise=convolution
+    python scripts/gpu_kernels.py mobilenet_v2 84 224 float32 --set depthwise=slices
 
 Compiles one DeepInversion step of a network for an NVIDIA H100, and prints what its kernels read
 and write: sums over every kind, then the largest. `--set` turns switches of `jinv.backend`. That
