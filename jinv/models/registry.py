@@ -44,6 +44,7 @@ from jinv.models import (
     vgg_small,
     wide_resnet_cifar,
 )
+from jinv.models.abstract import abstract
 from jinv.models.package import Package
 from jinv.models.subnetwork import Subnetwork, check_kept, drawn, effective, with_scores
 from jinv.net import Net, Variables
@@ -318,7 +319,7 @@ def template(name: str, classes: int | None = None) -> dict[str, Any]:
     build = functools.partial(
         found.build, classes=found.classes if classes is None else int(classes)
     )
-    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))))
+    return nnx.to_pure_dict(nnx.state(abstract(lambda rngs: build(rngs=rngs))))
 
 
 def load(
@@ -377,7 +378,7 @@ def load(
     path = packaged_weights(name) if weights == "package" else weights
     known = _published(name, path)
     space = preprocessing or (known or found).preprocessing
-    model = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
+    model = abstract(lambda rngs: build(rngs=rngs))
     read = _read(name, path, nnx.to_pure_dict(nnx.state(model)), subnetwork)
     nnx.update(model, _chosen(read, subnetwork))
     names = _names_beside(path, count) or _usual_names(found, classes)

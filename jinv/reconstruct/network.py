@@ -20,6 +20,7 @@ from jax import Array
 
 from jinv import checks, training
 from jinv.checks import Count
+from jinv.models.abstract import abstract
 from jinv.models.convolution import learned, pointwise
 from jinv.models.layers import BatchNorm2d
 from jinv.watch import Moments, Path, Record, Variables, hand_out, switch, watch
@@ -271,7 +272,7 @@ class Reconstructor:
 
 def make(config: Config, execution: Execution = Execution()) -> Reconstructor:
     """Return the functions of a reconstructor; nothing is computed or allocated."""
-    model = nnx.eval_shape(lambda: Network(config, execution, rngs=nnx.Rngs(0)))
+    model = abstract(lambda rngs: Network(config, execution, rngs=rngs))
     watch(model)
     switch(model, training=False)
     graphdef, shapes = nnx.split(model)
@@ -343,6 +344,6 @@ def parameters(variables: Variables) -> dict[Any, Any]:
 
 def count(config: Config) -> int:
     """Return the number of parameters; nothing is allocated."""
-    model = nnx.eval_shape(lambda: Network(config, rngs=nnx.Rngs(0)))
+    model = abstract(lambda rngs: Network(config, rngs=rngs))
     leaves = jax.tree.leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     return sum(math.prod(leaf.shape) for leaf in leaves)

@@ -22,6 +22,7 @@ import weights_convert
 from jinv import files
 from jinv.files import check_sha256
 from jinv.models import vgg
+from jinv.models.abstract import abstract
 from jinv.models.package import Package
 from jinv.objective import priors
 from jinv.scores import similarity
@@ -92,7 +93,7 @@ def differentiable(
         raise FileNotFoundError(f"LPIPS needs torchvision's {VGG16}: there is no {path}")
     if path.name == VGG16:
         check_sha256(path, "397923af", "get a fresh copy")
-    model = nnx.eval_shape(lambda: vgg.VGG((2, 2, 3, 3, 3), rngs=nnx.Rngs(0)))
+    model = abstract(lambda rngs: vgg.VGG((2, 2, 3, 3, 3), rngs=rngs))
     del model.classifier
     graphdef, shapes = nnx.split(model)
     variables = jax.device_put(
