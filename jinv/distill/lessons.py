@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
 from jinv import data, files, training
 from jinv.data import Dataset
@@ -19,7 +20,6 @@ from jinv.files import write_atomic
 from jinv.image import Preprocessing
 from jinv.net import Net
 from jinv.runs import config as configs
-from jinv.runs import training_run
 
 INDEX, LOGITS = "labels.json", "logits.npy"
 
@@ -75,17 +75,18 @@ def space_of_student(teacher: Preprocessing, channels: int) -> Preprocessing:
     return dataclasses.replace(teacher, mean=mean * channels, std=std * channels)
 
 
-def accuracy(teacher: Net | None, test: Dataset | None, phase: training_run.Phase) -> float | None:
+def accuracy(teacher: Net | None, test: Dataset | None, mesh: Mesh, batch: int) -> float | None:
     """Return a teacher's share of right test images; None where either is missing.
 
     Args:
       teacher: the network.
       test: real images.
-      phase: the student's training, whose devices and batch serve.
+      mesh: the devices that share a batch; all processes must ask.
+      batch: images at once.
     """
     if teacher is None or test is None:
         return None
-    share = training.make_accuracy(teacher, phase.mesh, phase.config.batch)
+    share = training.make_accuracy(teacher, mesh, batch)
     return share(teacher.variables, test)
 
 

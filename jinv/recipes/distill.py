@@ -354,8 +354,12 @@ class Distillation(command.Loaded):
                         raise folder.stopped(stopping.number, done, rounds)
             finally:
                 folder.save_logs()
+        batch = self.config.training.batch
+        best = lessons.accuracy(self.teacher, self.test, self.mesh, batch)
         summary: dict[str, Any] = {}
-        parallel.on_main(lambda: summary.update(self._write(folder, state, synthesis)), FolderError)
+        parallel.on_main(
+            lambda: summary.update(self._write(folder, state, best, synthesis)), FolderError
+        )
         return summary
 
     def _make(self, state: _State, done: int, **how: Any) -> Made:
@@ -408,7 +412,13 @@ class Distillation(command.Loaded):
         images = parallel.fetch(state.images[start : start + min(_SHOWN, self.synthesiser.batch)])
         parallel.on_main(lambda: _show(folder, images, done), FolderError)
 
-    def _write(self, folder: RunFolder, state: _State, synthesis: optimise.Clock) -> dict[str, Any]:
+    def _write(
+        self,
+        folder: RunFolder,
+        state: _State,
+        teacher_accuracy: float | None,
+        synthesis: optimise.Clock,
+    ) -> dict[str, Any]:
         """Write weights, pool, curves; the summary last."""
         config, student = self.config, parallel.fetch(state.student.variables)
         pool = Dataset(parallel.fetch(state.images), parallel.fetch(state.labels), self.classes)
@@ -423,7 +433,7 @@ class Distillation(command.Loaded):
             **command.shared(folder, hardware.of_mesh(self.mesh)),
             **training_run.write(folder, self.net, student, [phase], pool, self.test),
             teacher=self.teacher.name,
-            teacher_accuracy=lessons.accuracy(self.teacher, self.test, phase),
+            teacher_accuracy=teacher_accuracy,
             method=self.method,
             synthesis_seconds=round(synthesis.stepping, 3),
             distillation=configs.plain(config.distillation),

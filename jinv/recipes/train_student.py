@@ -181,18 +181,21 @@ class Lesson(command.Loaded):
                 told if labels is None else (parallel.put(mesh, batch, labels.logits[step]),)
             ),
         )
+        best = lessons.accuracy(self.teacher, self.test, mesh, config.training.batch)
         summary: dict[str, Any] = {}
-        parallel.on_main(lambda: summary.update(self._write(folder, variables)), FolderError)
+        parallel.on_main(lambda: summary.update(self._write(folder, variables, best)), FolderError)
         return summary
 
-    def _write(self, folder: RunFolder, variables: Mapping[Any, Any]) -> dict[str, Any]:
+    def _write(
+        self, folder: RunFolder, variables: Mapping[Any, Any], teacher_accuracy: float | None
+    ) -> dict[str, Any]:
         """Write weights, names of classes, curves; the summary last."""
         config, teacher = self.config, self.teacher
         summary = Summary(
             **command.shared(folder, hardware.of_mesh(self.phases[0].mesh)),
             **training_run.write(folder, self.net, variables, self.phases, self.train, self.test),
             teacher=None if teacher is None else teacher.name,
-            teacher_accuracy=lessons.accuracy(teacher, self.test, self.phases[0]),
+            teacher_accuracy=teacher_accuracy,
             data=configs.plain(config.data),
             distillation=configs.plain(config.distillation),
         )
