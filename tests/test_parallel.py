@@ -21,6 +21,7 @@ import yaml
 from jax.sharding import PartitionSpec
 from PIL import Image
 
+import recipe_examples
 from conftest import CACHE, ROOT
 from jinv import parallel
 
@@ -289,3 +290,47 @@ def test_two_processes_share_the_batches_of_a_data_set(tmp_path: Path) -> None:
         found[name] = {f.relative_to(tmp_path / name): f.read_bytes() for f in files}
     assert len(found["one"]) == 15
     assert found["both"] == found["one"]
+
+
+@pytest.mark.parametrize("method", ["generator", pytest.param("inversion", marks=pytest.mark.slow)])
+def test_two_processes_share_a_distillation(tmp_path: Path, method: str) -> None:
+    """Two devices each share every batch; the pool of images and the student are those of one."""
+    tree = recipe_examples.distill(tmp_path) | {"run": {"test_every": 2}}
+    if method == "inversion":
+        tree.pop("generator")
+        attack = {"phases": [{"steps": 3, "jitter": 1}], "warmup": 1, "adaptive": 5.0}
+        tree |= {"gray": True, "inversion": {"batch": 8, "attack": attack}}
+    recipe = write(tmp_path, tree)
+    results = together(recipe, tmp_path / "both", devices=2, script="distill")
+    assert [code for code, _ in results] == [0, 0], results
+    process = start(recipe, tmp_path / "one", 0, ([], {}), script="distill")
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, text
+    assert json.loads((tmp_path / "both/summary.json").read_text())["device"] == "4 x cpu"
+    both, one = (np.load(tmp_path / name / "train.npz") for name in ("both", "one"))
+    np.testing.assert_array_equal(both["labels"], one["labels"])
+    apart = np.abs(both["images"].astype(int) - one["images"])
+    # Adam follows the sign of rounding errors, from round to round more.
+    assert apart[:8].max() <= 1
+    assert apart.mean() < 2
+    np.testing.assert_allclose(
+        metrics_of(tmp_path / "both"), metrics_of(tmp_path / "one"), rtol=0.01, atol=1e-4
+    )
+
+
+COMMANDS = [
+    command if command == "train-student" else pytest.param(command, marks=pytest.mark.slow)
+    for command in recipe_examples.EXAMPLES
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_ends_in_two_processes(tmp_path: Path, command: str) -> None:
+    """Neither waits for the other for ever, and one of them says what one alone would."""
+    recipe = write(tmp_path, recipe_examples.EXAMPLES[command](tmp_path))
+    script = {"synthesise": "synthesise_dataset"}.get(command, command.replace("-", "_"))
+    results = together(recipe, tmp_path / "out", script=script)
+    assert [code for code, _ in results] == [0, 0], results
+    assert json.loads((tmp_path / "out/summary.json").read_text())["device"] == "2 x cpu"
+    assert "written" in results[0][1]
+    assert "written" not in results[1][1]

@@ -13,6 +13,9 @@ student on the pool. The images come from one of
 
 Images that lie on disk already are for `jinv train-student`.
 
+All devices of all processes share the images of a round, and of a step of the student, as far as
+the two batches can be shared evenly; the pool is on each. The result is the same up to rounding.
+
 A checkpoint is saved every minute, and on Ctrl-C or SIGTERM; --resume goes on to the very same
 weights. A finished run is replaced only with --overwrite.
 
@@ -26,6 +29,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -33,7 +37,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jinv import checks, data, image, models, optimise, parallel, training
 from jinv.attacks import deepinversion
@@ -45,6 +49,7 @@ from jinv.image import Preprocessing
 from jinv.models import registry
 from jinv.models.network import Network
 from jinv.net import Net, Variables
+from jinv.objective.ensemble import Execution
 from jinv.objective.terms import Member, Weights
 from jinv.reports import page
 from jinv.runs import command, hardware, training_run
@@ -55,6 +60,8 @@ from jinv.runs.signals import Signals
 
 _SHOWN = 60
 """Images in a grid."""
+
+_BATCH, _WHOLE = PartitionSpec(parallel.BATCH), PartitionSpec()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +162,7 @@ class Made(NamedTuple):
     """A round's images.
 
     Attributes:
-      pixels: (B, H, W, C), not clipped.
+      pixels: (B, H, W, C), not clipped; shared by the devices, as their classes are.
       targets: (B,) classes.
       memory: what the next round needs.
     """
@@ -168,8 +175,6 @@ class Made(NamedTuple):
 class Synthesiser(Protocol):
     """What makes a round's images."""
 
-    batch: int
-
     def init(self, key: Array) -> Any:
         """Return the memory before the first round."""
 
@@ -180,18 +185,25 @@ class Synthesiser(Protocol):
 class _Generated:
     """Images of a generator, whose parameters are the memory."""
 
-    def __init__(self, config: generator.Config, teacher: Net, student: Net, space: Any) -> None:
-        self.batch = config.batch
-        self._teacher = teacher
+    def __init__(
+        self, config: generator.Config, teacher: Net, student: Net, space: Any, mesh: Mesh
+    ) -> None:
+        self._mesh = mesh
+        self._teacher = parallel.put(mesh, _WHOLE, teacher.variables)
         self._generator = generator.Generator(config, teacher, student, space)
+        self._renew = jax.jit(self._renewed, out_shardings=NamedSharding(mesh, _WHOLE))
         self.init = self._generator.init
+
+    def _renewed(self, key: Array, memory: Any) -> Any:
+        # The run takes its parameters over; the memory is saved if it is stopped.
+        return self._generator.renew(key, jax.tree.map(jnp.copy, memory))
 
     def make(self, key: Array, memory: Any, student: Variables, **how: Any) -> Made:
         layer_key, draw_key, run_key = jax.random.split(key, 3)
-        # The run takes its parameters over; the memory is saved if it is stopped.
-        kept = jax.tree.map(jnp.copy, memory)
-        parameters = self._generator.renew(layer_key, kept)
-        told = self._generator.draw(draw_key, self._teacher.variables, student)
+        told = self._generator.draw(draw_key, self._teacher, student)
+        inputs, targets = parallel.put(self._mesh, _BATCH, (told.inputs, told.targets))
+        told = told._replace(inputs=inputs, targets=targets)
+        parameters = self._renew(layer_key, memory)
         state = optimise.run(self._generator.phases, run_key, parameters, told, **how)
         return Made(
             self._generator.generate(state.best_images, told.inputs),
@@ -203,8 +215,10 @@ class _Generated:
 class _Inverted:
     """Images of DeepInversion, perhaps with the student as competitor."""
 
-    def __init__(self, config: Inversion, teacher: Net, student: Net, space: Any) -> None:
-        self.batch = config.batch
+    def __init__(
+        self, config: Inversion, teacher: Net, student: Net, space: Any, mesh: Mesh
+    ) -> None:
+        self._batch = config.batch
         self._classes = teacher.classes
         self._adaptive = config.attack.adaptive > 0
         self._attack = deepinversion.build(
@@ -214,10 +228,12 @@ class _Inverted:
             size=space.size,
             space=space,
             competitor=student if self._adaptive else None,
+            execution=Execution(devices=mesh.size),
         )
+        self._pixels = jax.jit(lambda images: image.denormalise(images, self._attack.space))
 
     def _targets(self, key: Array) -> Array:
-        return jax.random.permutation(key, jnp.arange(self.batch) % self._classes)
+        return jax.random.permutation(key, jnp.arange(self._batch) % self._classes)
 
     def init(self, key: Array) -> Any:
         del key
@@ -231,7 +247,7 @@ class _Inverted:
             attack = attack.with_competitor(student)
         noise = attack.initial(noise_key)
         state = optimise.run(attack.phases, run_key, noise, attack.data, **how)
-        return Made(image.denormalise(state.best_images, attack.space), targets, memory)
+        return Made(self._pixels(state.best_images), attack.data.targets, memory)
 
 
 class _State(NamedTuple):
@@ -256,6 +272,7 @@ class Distillation(command.Loaded):
     Attributes:
       teacher: the teacher.
       net: the student, with its first weights.
+      batch: images of a round.
       test: None without.
       steps: of the student.
     """
@@ -278,18 +295,20 @@ class Distillation(command.Loaded):
         self.classes = names
         self.net = dataclasses.replace(net, class_names=names, name=config.model)
         self.space = space.gray() if config.gray else space
-        device = jax.local_devices()[0]
-        self.mesh = parallel.mesh(parallel.BATCH, [device])
-        with parallel.only(device):
-            self.synthesiser = self._synthesiser(self.space)
+        making = config.generator or config.inversion
+        assert making is not None
+        self.batch = making.batch
+        self.mesh = training.batch_mesh(math.gcd(self.batch, config.training.batch))
+        self.synthesiser = self._synthesiser(self.space)
         self.steps = config.training.epochs * config.steps
         optimizer = training.make_optimizer(config.training, self.steps)
         criterion = soft_labels.make_criterion(config.distillation, teacher)
         self._train = _on_pool(
             training.make_step(self.net, config.training, optimizer, criterion),
             config.training.batch,
+            self.mesh,
         )
-        teacher_variables = parallel.put(self.mesh, PartitionSpec(), teacher.variables)
+        teacher_variables = parallel.put(self.mesh, _WHOLE, teacher.variables)
         self._told = (teacher_variables,) if config.distillation.soft else ()
         self._accuracy = training.make_accuracy(self.net, self.mesh, config.training.batch)
         self._optimizer = optimizer
@@ -298,9 +317,9 @@ class Distillation(command.Loaded):
     def _synthesiser(self, space: Preprocessing) -> Synthesiser:
         config = self.config
         if config.generator is not None:
-            return _Generated(config.generator, self.teacher, self.net, space)
+            return _Generated(config.generator, self.teacher, self.net, space, self.mesh)
         assert config.inversion is not None
-        return _Inverted(config.inversion, self.teacher, self.net, space)
+        return _Inverted(config.inversion, self.teacher, self.net, space, self.mesh)
 
     @property
     def method(self) -> str:
@@ -311,7 +330,7 @@ class Distillation(command.Loaded):
         return "adaptive" if self.config.inversion.attack.adaptive else "inversion"
 
     def _init(self) -> _State:
-        count = self.config.rounds * self.synthesiser.batch
+        count = self.config.rounds * self.batch
         shape = (count, self.space.height, self.space.width, self.space.channels)
         state = _State(
             training.init(self.net, self._optimizer, self.config.training.learns),
@@ -319,7 +338,7 @@ class Distillation(command.Loaded):
             jnp.zeros(shape, jnp.uint8),
             jnp.zeros(count, jnp.int32),
         )
-        return parallel.put(self.mesh, PartitionSpec(), state)
+        return parallel.put(self.mesh, _WHOLE, state)
 
     def run(self, folder: RunFolder) -> dict[str, Any]:
         """Distil and write the results; return the summary (of the main process).
@@ -369,9 +388,9 @@ class Distillation(command.Loaded):
         return self.synthesiser.make(key, state.memory, student, wanted=lambda step: False, **how)
 
     def _added(self, state: _State, made: Made, done: int) -> _State:
-        start = jnp.int32(done * self.synthesiser.batch)
-        images, labels = _put(state.images, state.labels, made.pixels, made.targets, start)
-        return state._replace(images=images, labels=labels, memory=made.memory)
+        start = np.int32(done * self.batch)
+        pool = _put(self.mesh, state.images, state.labels, made.pixels, made.targets, start)
+        return state._replace(images=pool[0], labels=pool[1], memory=made.memory)
 
     def _learned(self, done: int) -> int:
         """Return how many steps the student has taken after so many rounds."""
@@ -383,7 +402,7 @@ class Distillation(command.Loaded):
         """Take a round's steps of the student; return the state, and what the bar shows."""
         chunks: list[optimise.Chunk] = []
         looks = optimise.Looks(chunks.append, None, (), folder.clock, wanted=lambda step: False)
-        count = jnp.int32((done + 1) * self.synthesiser.batch)
+        count = np.int32((done + 1) * self.batch)
         pool = (state.images, state.labels, count, self._told)
         student, _ = optimise.drive(
             self._train,
@@ -408,8 +427,8 @@ class Distillation(command.Loaded):
             found = {"test_accuracy": self._accuracy(state.student.variables, self.test)}
             folder.scores.add(step=self._learned(done), **found)
             bar.say(done, found)
-        start = (done - 1) * self.synthesiser.batch
-        images = parallel.fetch(state.images[start : start + min(_SHOWN, self.synthesiser.batch)])
+        start = (done - 1) * self.batch
+        images = parallel.fetch(state.images[start : start + min(_SHOWN, self.batch)])
         parallel.on_main(lambda: _show(folder, images, done), FolderError)
 
     def _write(
@@ -424,7 +443,7 @@ class Distillation(command.Loaded):
         pool = Dataset(parallel.fetch(state.images), parallel.fetch(state.labels), self.classes)
         named = {"images": pool.images, "labels": pool.labels, "classes": np.array(self.classes)}
         write_arrays(folder.path / "train.npz", named)
-        shown = pool.images[-self.synthesiser.batch :][:_SHOWN]
+        shown = pool.images[-self.batch :][:_SHOWN]
         page.write_png(folder.path / "grid.png", image.grid(shown))
         phase = training_run.Phase(
             "student", self.steps, config.training, self._keys[2], self.mesh, config.steps, 0
@@ -441,14 +460,17 @@ class Distillation(command.Loaded):
         return command.finish(folder, summary)
 
 
-def _on_pool(step: training.Step, batch: int) -> Callable:
+def _on_pool(step: training.Step, batch: int, mesh: Mesh) -> Callable:
     """Return a step on images that it draws from the pool, which stays on the device."""
 
     def on_pool(key: Array, state: training.State, pool: Any) -> Any:
         images, labels, count, told = pool
         choice = jax.random.fold_in(jax.random.fold_in(key, _CHOICE), state.step)
         chosen = jax.random.randint(choice, (batch,), 0, count)
-        return step(key, state, (images[chosen], labels[chosen], *told))
+        shared = jax.lax.with_sharding_constraint(
+            (images[chosen], labels[chosen]), NamedSharding(mesh, _BATCH)
+        )
+        return step(key, state, (*shared, *told))
 
     return on_pool
 
@@ -457,16 +479,17 @@ _CHOICE = 2**31
 """No step has this number."""
 
 
-@functools.partial(jax.jit, donate_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
 def _put(
-    images: Array, labels: Array, pixels: Array, targets: Array, start: Array
+    mesh: Mesh, images: Array, labels: Array, pixels: Array, targets: Array, start: np.int32
 ) -> tuple[Array, Array]:
-    """Put a round's images into the pool, as bytes."""
+    """Put a round's images into the pool, as bytes; the pool is whole on every device."""
     found = jnp.rint(jnp.clip(pixels, 0, 1) * 255).astype(jnp.uint8)
-    return (
+    pool = (
         jax.lax.dynamic_update_slice_in_dim(images, found, start, 0),
         jax.lax.dynamic_update_slice_in_dim(labels, targets.astype(jnp.int32), start, 0),
     )
+    return jax.lax.with_sharding_constraint(pool, NamedSharding(mesh, _WHOLE))
 
 
 def _show(folder: RunFolder, images: np.ndarray, done: int) -> None:
