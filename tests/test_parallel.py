@@ -321,16 +321,19 @@ def test_two_processes_share_a_distillation(tmp_path: Path, method: str) -> None
 COMMANDS = [
     command if command == "train-student" else pytest.param(command, marks=pytest.mark.slow)
     for command in recipe_examples.EXAMPLES
+    if command != "search"  # runs in one process, and says so
 ]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_ends_in_two_processes(tmp_path: Path, command: str) -> None:
     """Neither waits for the other for ever, and one of them says what one alone would."""
-    recipe = write(tmp_path, recipe_examples.EXAMPLES[command](tmp_path))
+    tree = recipe_examples.EXAMPLES[command](tmp_path)
+    if command == "invert-gradients":
+        tree["attack"]["seeds"] = 2  # one for each
+    recipe = write(tmp_path, tree)
     script = {"synthesise": "synthesise_dataset"}.get(command, command.replace("-", "_"))
     results = together(recipe, tmp_path / "out", script=script)
     assert [code for code, _ in results] == [0, 0], results
-    assert json.loads((tmp_path / "out/summary.json").read_text())["device"] == "2 x cpu"
-    assert "written" in results[0][1]
-    assert "written" not in results[1][1]
+    assert "written after" in results[0][1]
+    assert "written after" not in results[1][1]
