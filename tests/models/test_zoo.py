@@ -128,19 +128,17 @@ QUICK = (
     "mnasnet0_5",
     "mobilenet_v2",
     "mobilenet_v3_small",
-    "regnet_x_400mf",
     "regnet_y_400mf",
     "resnet18",
     "resnet18_cifar",
     "resnet20_cifar",
     "shufflenet_v2_x0_5",
     "squeezenet1_1",
-    "vgg11_bn",
     "vgg_small",
     "wrn_16_2",
 )
 # Differ in more than depth and width, but take long: efficientnet_lite2, efficientnet_v2_s,
-# resnext50_32x4d and vgg11 run nightly.
+# regnet_x_400mf, resnext50_32x4d, vgg11 and vgg11_bn run nightly.
 EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in PARAMETERS]
 WITHOUT_BATCH_NORM = ("lenet", "vgg_small", "alexnet", "convnext", "squeezenet")
 
@@ -226,7 +224,7 @@ def test_tracing_takes_as_long_for_each_layer_of_a_deep_network() -> None:
         variables = profile.runcall(models.template, name)
         return pstats.Stats(profile).total_calls / len(jax.tree.leaves(variables))
 
-    assert calls("efficientnet_v2_l") < 1.2 * calls("efficientnet_b0")
+    assert calls("resnet152") < 1.2 * calls("resnet18")
 
 
 def test_the_docs_table_names_every_network() -> None:
@@ -258,7 +256,11 @@ def shape_for(name: str) -> tuple[int, ...]:
 
 @pytest.mark.parametrize("name", EVERY)
 def test_network_equals_torch(
-    name: str, peers: ModuleType, tmp_path: Path, differences: dict[str, float]
+    name: str,
+    peers: ModuleType,
+    tmp_path: Path,
+    differences: dict[str, float],
+    request: pytest.FixtureRequest,
 ) -> None:
     """Random weights and statistics through a file: logits, moments, gradient, and the way back."""
     images, labels = random_images(shape_for(name), seed=2), [3, 7, 1][: shape_for(name)[0]]
@@ -290,7 +292,8 @@ def test_network_equals_torch(
         np.testing.assert_array_equal(ours.var, theirs[1])
 
     off = distance(gradient, slope)
-    if off > 1e-3:  # rounding has chosen another side of a kink somewhere: not in float64
+    # Rounding has chosen another side of a kink somewhere: not in float64, which takes longer.
+    if off > (1e-3 if request.config.getoption("--slow") else 0.05):
         with jax.enable_x64(True):
             wide = jnp.asarray(images, jnp.float64)
             _, gradient = deepinversion(net)(wide, labels)
