@@ -111,7 +111,10 @@ def first_failure(message: str | None) -> str | None:
 
 
 def on_main(function: Callable[[], None], error: type[Exception]) -> None:
-    """Call it in the main process; if it fails, the others raise `error` instead of waiting."""
+    """Call it in the main process; if it fails, the others raise `error` instead of waiting.
+
+    It may write and compute alone, not over a mesh of all: that would wait for the others.
+    """
     if jax.process_count() == 1:
         return function()
     failure: Exception | None = None
