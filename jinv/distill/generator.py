@@ -155,20 +155,13 @@ class Generator:
     def _noisy(self, key: Array, wide: int) -> Array:
         return jax.random.normal(key, (wide, int(np.prod(self._shape))))
 
-    def draw(self, key: Array, teacher: Variables, student: Variables) -> Data:
-        """Draw the inputs of a loop: every class as often, if the batch is a multiple of them.
-
-        Args:
-          key: of the loop.
-          teacher: its variables.
-          student: as it is now.
-        """
+    def draw(self, key: Array) -> tuple[Array, Array]:
+        """Draw inputs and targets of a loop: each class as often, if these divide the batch."""
         count, classes = self.config.batch, len(self._codes)
         order_key, noise_key = jax.random.split(key)
         targets = jax.random.permutation(order_key, jnp.arange(count) % classes)
         noise = jax.random.normal(noise_key, (count, self.config.noise))
-        inputs = jnp.concatenate([self._codes[targets], noise], 1)
-        return Data(teacher, student, inputs, targets)
+        return jnp.concatenate([self._codes[targets], noise], 1), targets
 
     def _generate(self, parameters: Parameters, inputs: Array) -> Array:
         """Return pixels (B, H, W, C) in [0, 1]."""

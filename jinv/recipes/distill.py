@@ -200,16 +200,13 @@ class _Generated:
 
     def make(self, key: Array, memory: Any, student: Variables, **how: Any) -> Made:
         layer_key, draw_key, run_key = jax.random.split(key, 3)
-        told = self._generator.draw(draw_key, self._teacher, student)
-        inputs, targets = parallel.put(self._mesh, _BATCH, (told.inputs, told.targets))
-        told = told._replace(inputs=inputs, targets=targets)
+        drawn = self._generator.draw(draw_key)
+        inputs, targets = parallel.put(self._mesh, _BATCH, drawn)
+        told = generator.Data(self._teacher, student, inputs, targets)
         parameters = self._renew(layer_key, memory)
         state = optimise.run(self._generator.phases, run_key, parameters, told, **how)
-        return Made(
-            self._generator.generate(state.best_images, told.inputs),
-            told.targets,
-            state.best_images,
-        )
+        pixels = self._generator.generate(state.best_images, inputs)
+        return Made(pixels, targets, state.best_images)
 
 
 class _Inverted:

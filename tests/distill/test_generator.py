@@ -12,7 +12,7 @@ import pytest
 
 import tiny
 from jinv import image, models, optimise, training
-from jinv.distill.generator import Config, Generator
+from jinv.distill.generator import Config, Data, Generator
 from jinv.net import Net
 from jinv.objective import priors
 
@@ -67,7 +67,8 @@ def test_the_loss_is_its_formula() -> None:
     student = dataclasses.replace(teacher, variables=disturbed)
     generator = build(teacher=teacher)
     parameters = generator.init(jax.random.key(0))
-    data = generator.draw(jax.random.key(1), teacher.variables, student.variables)
+    drawn = generator.draw(jax.random.key(1))
+    data = Data(teacher.variables, student.variables, *drawn)
     assert sorted(np.asarray(data.targets).tolist()) == sorted([*range(7)] * 2)
     phase = generator.phases[0]
     key = jax.random.key(5)
@@ -97,7 +98,8 @@ def test_a_loop_teaches_the_generator_and_another_layer_makes_other_images() -> 
     teacher, student = tiny.network(seed=1), tiny.network(seed=2, name="student")
     generator = build(Config(batch=14, steps=40, noise=5, width=8, adversarial=0.0), teacher)
     parameters = generator.init(jax.random.key(0))
-    data = generator.draw(jax.random.key(1), teacher.variables, student.variables)
+    drawn = generator.draw(jax.random.key(1))
+    data = Data(teacher.variables, student.variables, *drawn)
     losses: list[np.ndarray] = []
     state = optimise.run(
         generator.phases,
@@ -118,14 +120,15 @@ def test_a_loop_teaches_the_generator_and_another_layer_makes_other_images() -> 
 
 def test_codes_are_the_rows_of_the_teachers_head() -> None:
     teacher = tiny.network(seed=1)
-    data = build(teacher=teacher).draw(jax.random.key(1), {}, {})
+    inputs, targets = build(teacher=teacher).draw(jax.random.key(1))
     rows: Any = np.asarray(teacher.variables["head"]["kernel"]).T
     rows = rows / np.linalg.norm(rows, axis=1, keepdims=True) * np.sqrt(rows.shape[1])
-    np.testing.assert_allclose(data.inputs[:, :8], rows[np.asarray(data.targets)], rtol=1e-5)
-    one_hot = build(Config(batch=14, codes="one_hot", noise=0)).draw(jax.random.key(1), {}, {})
-    np.testing.assert_array_equal(one_hot.inputs, np.eye(7)[np.asarray(one_hot.targets)])
-    chance = build(Config(batch=14, codes="random")).draw(jax.random.key(1), {}, {})
-    assert chance.inputs.shape == (14, 128 + 64)
+    np.testing.assert_allclose(inputs[:, :8], rows[np.asarray(targets)], rtol=1e-5)
+    one_hot = build(Config(batch=14, codes="one_hot", noise=0))
+    inputs, targets = one_hot.draw(jax.random.key(1))
+    np.testing.assert_array_equal(inputs, np.eye(7)[np.asarray(targets)])
+    chance, _ = build(Config(batch=14, codes="random")).draw(jax.random.key(1))
+    assert chance.shape == (14, 128 + 64)
 
 
 def test_what_cannot_be_generated_is_refused() -> None:
