@@ -134,11 +134,12 @@ QUICK = (
     "resnet20_cifar",
     "shufflenet_v2_x0_5",
     "squeezenet1_1",
+    "vgg11_bn",
     "vgg_small",
     "wrn_16_2",
 )
 # Differ in more than depth and width, but take long: efficientnet_lite2, efficientnet_v2_s,
-# regnet_x_400mf, resnext50_32x4d, vgg11 and vgg11_bn run nightly.
+# regnet_x_400mf, resnext50_32x4d and vgg11 run nightly.
 EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in PARAMETERS]
 WITHOUT_BATCH_NORM = ("lenet", "vgg_small", "alexnet", "convnext", "squeezenet")
 
