@@ -319,7 +319,7 @@ def template(name: str, classes: int | None = None) -> dict[str, Any]:
     build = functools.partial(
         found.build, classes=found.classes if classes is None else int(classes)
     )
-    return nnx.to_pure_dict(nnx.state(abstract(lambda rngs: build(rngs=rngs))))
+    return nnx.to_pure_dict(nnx.state(abstract(build)))
 
 
 def load(
@@ -378,7 +378,7 @@ def load(
     path = packaged_weights(name) if weights == "package" else weights
     known = _published(name, path)
     space = preprocessing or (known or found).preprocessing
-    model = abstract(lambda rngs: build(rngs=rngs))
+    model = abstract(build)
     read = _read(name, path, nnx.to_pure_dict(nnx.state(model)), subnetwork)
     nnx.update(model, _chosen(read, subnetwork))
     names = _names_beside(path, count) or _usual_names(found, classes)

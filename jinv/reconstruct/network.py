@@ -272,7 +272,7 @@ class Reconstructor:
 
 def make(config: Config, execution: Execution = Execution()) -> Reconstructor:
     """Return the functions of a reconstructor; nothing is computed or allocated."""
-    model = abstract(lambda rngs: Network(config, execution, rngs=rngs))
+    model = abstract(functools.partial(Network, config, execution))
     watch(model)
     switch(model, training=False)
     graphdef, shapes = nnx.split(model)
@@ -344,6 +344,6 @@ def parameters(variables: Variables) -> dict[Any, Any]:
 
 def count(config: Config) -> int:
     """Return the number of parameters; nothing is allocated."""
-    model = abstract(lambda rngs: Network(config, rngs=rngs))
+    model = abstract(functools.partial(Network, config))
     leaves = jax.tree.leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     return sum(math.prod(leaf.shape) for leaf in leaves)

@@ -8,6 +8,7 @@ scaled to length 1, and the heads w_l >= 0 were fitted to people's judgements: v
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def differentiable(
         raise FileNotFoundError(f"LPIPS needs torchvision's {VGG16}: there is no {path}")
     if path.name == VGG16:
         check_sha256(path, "397923af", "get a fresh copy")
-    model = abstract(lambda rngs: vgg.VGG((2, 2, 3, 3, 3), rngs=rngs))
+    model = abstract(functools.partial(vgg.VGG, (2, 2, 3, 3, 3)))
     del model.classifier
     graphdef, shapes = nnx.split(model)
     variables = jax.device_put(
