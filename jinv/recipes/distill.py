@@ -82,6 +82,10 @@ class Inversion:
         checks.fields(self)
 
 
+Making = generator.Config | Inversion
+"""How a round's images are made."""
+
+
 @checks.todays_keywords
 @dataclasses.dataclass(frozen=True)
 class Options(training_run.Options):
@@ -132,6 +136,13 @@ class Config:
         checks.fields(self)
         if (self.generator is None) == (self.inversion is None):
             raise ValueError("images come from a generator or from inversion: give one of the two")
+
+    @property
+    def making(self) -> Making:
+        """What makes the images."""
+        making = self.generator or self.inversion
+        assert making is not None  # one of the two is given
+        return making
 
     @property
     def rounds(self) -> int:
@@ -186,10 +197,16 @@ class _Generated:
     """Images of a generator, whose parameters are the memory."""
 
     def __init__(
-        self, config: generator.Config, teacher: Net, student: Net, space: Any, mesh: Mesh
+        self,
+        config: generator.Config,
+        teacher: Net,
+        student: Net,
+        space: Preprocessing,
+        mesh: Mesh,
+        variables: Variables,
     ) -> None:
         self._mesh = mesh
-        self._teacher = parallel.put(mesh, _WHOLE, teacher.variables)
+        self._teacher = variables
         self._generator = generator.Generator(config, teacher, student, space)
         self._renew = jax.jit(self._renewed, out_shardings=NamedSharding(mesh, _WHOLE))
         self.init = self._generator.init
@@ -213,7 +230,7 @@ class _Inverted:
     """Images of DeepInversion, perhaps with the student as competitor."""
 
     def __init__(
-        self, config: Inversion, teacher: Net, student: Net, space: Any, mesh: Mesh
+        self, config: Inversion, teacher: Net, student: Net, space: Preprocessing, mesh: Mesh
     ) -> None:
         self._batch = config.batch
         self._classes = teacher.classes
@@ -292,11 +309,10 @@ class Distillation(command.Loaded):
         self.classes = names
         self.net = dataclasses.replace(net, class_names=names, name=config.model)
         self.space = space.gray() if config.gray else space
-        making = config.generator or config.inversion
-        assert making is not None
-        self.batch = making.batch
+        self.batch = config.making.batch
         self.mesh = training.batch_mesh(math.gcd(self.batch, config.training.batch))
-        self.synthesiser = self._synthesiser(self.space)
+        laid = parallel.put(self.mesh, _WHOLE, teacher.variables)
+        self.synthesiser = self._synthesiser(laid)
         self.steps = config.training.epochs * config.steps
         optimizer = training.make_optimizer(config.training, self.steps)
         criterion = soft_labels.make_criterion(config.distillation, teacher)
@@ -305,26 +321,25 @@ class Distillation(command.Loaded):
             config.training.batch,
             self.mesh,
         )
-        teacher_variables = parallel.put(self.mesh, _WHOLE, teacher.variables)
-        self._told = (teacher_variables,) if config.distillation.soft else ()
+        self._told = (laid,) if config.distillation.soft else ()
         self._accuracy = training.make_accuracy(self.net, self.mesh, config.training.batch)
         self._optimizer = optimizer
         self._keys = jax.random.split(jax.random.key(config.seed), 3)
 
-    def _synthesiser(self, space: Preprocessing) -> Synthesiser:
-        config = self.config
-        if config.generator is not None:
-            return _Generated(config.generator, self.teacher, self.net, space, self.mesh)
-        assert config.inversion is not None
-        return _Inverted(config.inversion, self.teacher, self.net, space, self.mesh)
+    def _synthesiser(self, teacher: Variables) -> Synthesiser:
+        """Return what makes the images, of a teacher whose variables are on the devices."""
+        making, shared = self.config.making, (self.teacher, self.net, self.space, self.mesh)
+        if isinstance(making, Inversion):
+            return _Inverted(making, *shared)
+        return _Generated(making, *shared, teacher)
 
     @property
     def method(self) -> str:
         """Return what makes the images, in a word."""
-        if self.config.generator is not None:
+        making = self.config.making
+        if not isinstance(making, Inversion):
             return "generator"
-        assert self.config.inversion is not None
-        return "adaptive" if self.config.inversion.attack.adaptive else "inversion"
+        return "adaptive" if making.attack.adaptive else "inversion"
 
     def _init(self) -> _State:
         count = self.config.rounds * self.batch
