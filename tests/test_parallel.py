@@ -163,6 +163,13 @@ def together(
     return [(process.returncode, text) for process, text in zip(both, outputs, strict=True)]
 
 
+def by_one(recipe: Path, out: Path, script: str = "invert") -> None:
+    """Let one process run the command to its end."""
+    process = start(recipe, out, 0, ([], {}), script=script)
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, text
+
+
 def write(folder: Path, tree: dict[str, Any]) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree))
@@ -182,9 +189,7 @@ def pictures_of(out: Path) -> np.ndarray:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process finds."""
     folder = tmp_path_factory.mktemp("alone")
-    process = start(write(folder, RECIPE), folder / "out", 0, ([], {}))
-    text, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, text
+    by_one(write(folder, RECIPE), folder / "out")
     return folder / "out"
 
 
@@ -281,9 +286,7 @@ def test_two_processes_share_the_batches_of_a_data_set(tmp_path: Path) -> None:
     script = "synthesise_dataset"
     results = together(recipe, tmp_path / "both", script=script)
     assert [code for code, _ in results] == [0, 0], results
-    process = start(recipe, tmp_path / "one", 0, ([], {}), script=script)
-    text, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, text
+    by_one(recipe, tmp_path / "one", script)
     found = {}
     for name in ("both", "one"):
         files = [tmp_path / name / "images.csv", *(tmp_path / name / "train").rglob("*.png")]
@@ -303,9 +306,7 @@ def test_two_processes_share_a_distillation(tmp_path: Path, method: str) -> None
     recipe = write(tmp_path, tree)
     results = together(recipe, tmp_path / "both", devices=2, script="distill")
     assert [code for code, _ in results] == [0, 0], results
-    process = start(recipe, tmp_path / "one", 0, ([], {}), script="distill")
-    text, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, text
+    by_one(recipe, tmp_path / "one", "distill")
     assert json.loads((tmp_path / "both/summary.json").read_text())["device"] == "4 x cpu"
     both, one = (np.load(tmp_path / name / "train.npz") for name in ("both", "one"))
     np.testing.assert_array_equal(both["labels"], one["labels"])
