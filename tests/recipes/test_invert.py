@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import cProfile
 import csv
 import json
 import os
+import pstats
 import signal
 import subprocess
 import sys
@@ -12,17 +14,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
 from conftest import CACHE, ROOT
-from jinv import optimise
 from jinv.recipes import invert
 from jinv.runs import command_line, signals
-from jinv.runs import config as configs
 
 SUMMARY_KEYS = {
     *("model", "device", "placement", "steps", "images", "targets", "seconds", "seconds_per_step"),
@@ -261,7 +260,7 @@ def test_signals_save_a_checkpoint(
     process = start(recipe, out)
     wait_for(out / "progress" / "step_000004.png", process)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 128 + number, errors
     assert "--resume" in errors
     assert any((out / "checkpoints").iterdir())
@@ -306,20 +305,15 @@ def test_a_signal_right_after_a_chunk_loses_nothing(
 
 
 def test_the_host_adds_little_to_a_step(tmp_path: Path) -> None:
-    """Under half a millisecond at default options, of a network that costs next to nothing."""
-    tree = {"networks": [SMALL], "images": 1, "labels": "random", "size": 16}
-    tree["attack"] = {"phases": [{"steps": 2000, "jitter": 1}]}
-    assert run("--config", write(tmp_path, tree), "--out", tmp_path / "out") == 0
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    attack = invert.Inversion(configs.build(invert.Config, tree)).attack
-    (phase,) = attack.phases
-    state = optimise.enter(phase, attack.initial(jax.random.key(0)), 0)
-    arguments = jax.random.key(1), state, attack.data
-    step = optimise.compile_step(phase.step, optimise.Clock(), *arguments)
-    times = []
-    for _ in range(2000):
-        began = time.perf_counter()
-        state, info = step(arguments[0], state, arguments[2])
-        jax.block_until_ready(info)
-        times.append(time.perf_counter() - began)
-    assert summary["seconds_per_step"] < np.median(times) + 0.5e-3
+    """In calls of functions, some 300 at default options; seconds would depend on the machine."""
+
+    def calls(steps: int) -> int:
+        tree = {"networks": [SMALL], "images": 1, "labels": "random", "size": 16}
+        tree["attack"] = {"phases": [{"steps": steps, "jitter": 1}]}
+        profile, out = cProfile.Profile(), tmp_path / str(steps)
+        recipe = write(tmp_path, tree)
+        assert profile.runcall(run, "--config", recipe, "--out", out, "--overwrite") == 0
+        return pstats.Stats(profile).total_calls
+
+    calls(100)  # What is imported and traced once.
+    assert (calls(600) - calls(100)) / 500 < 400
