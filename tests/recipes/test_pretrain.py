@@ -236,7 +236,7 @@ def test_sigterm_saves_a_checkpoint(tmp_path: Path, recipe: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 143, errors
     assert "go on with --resume" in errors
     assert list(out.glob("checkpoints/*/state"))

@@ -144,7 +144,7 @@ def stopped_after(tmp_path: Path, config: Path, out: Path, seeds: int, number: i
         [sys.executable, script, "--config", str(config), "--out", str(out), "--resume"],
         env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(CACHE)},
     )
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while len(list((out / "weights/c").glob("*/0/0"))) < seeds and time.monotonic() < end:
         time.sleep(0.01)
     process.send_signal(number)

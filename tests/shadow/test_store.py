@@ -53,7 +53,7 @@ def test_written_weights_are_let_go(tmp_path: Path) -> None:
     weights.flags.writeable = False
     held = sys.getrefcount(weights)
     found.write(0, weights, *others)()
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while sys.getrefcount(weights) > held and time.monotonic() < end:
         time.sleep(0.001)
     assert sys.getrefcount(weights) == held
