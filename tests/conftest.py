@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".cache" / "jax"
 
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 if os.environ["JAX_PLATFORMS"] != "cpu":
     # Accelerators multiply float32 in fewer bits unless told otherwise: useless against references.
     jax.config.update("jax_default_matmul_precision", "highest")
@@ -32,7 +32,7 @@ if os.environ["JAX_PLATFORMS"] != "cpu":
 if importlib.util.find_spec("torch"):
     import torch
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # two would wait for those of the other worker
     if torch.version.cuda is None and importlib.util.find_spec("torchvision"):
         # torchvision's compiled operators do not load beside a CPU-only torch, and it will not be
         # imported unless these two exist. Its classifiers use neither. Keep the reference alive.
@@ -65,7 +65,7 @@ def run_python() -> RunPython:
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(devices),
             "JAX_COMPILATION_CACHE_DIR": str(CACHE),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         done = subprocess.run(
             [sys.executable, "-c", code],
