@@ -316,11 +316,12 @@ def test_a_file_of_another_network_is_told_with_other_names_too(tmp_path: Path) 
     )
     state["features.0.0.weight"][:] = np.arange(27).reshape(3, 3, 3)
     names = others("mobilenet_v2")
-    write(tmp_path / "w.safetensors", {names[name]: value for name, value in state.items()})
-    net = jinv.models.load("mobilenet_v2", tmp_path / "w.safetensors", classes=7)
+    path = tmp_path / "mobilenet.safetensors"
+    write(path, {names[name]: value for name, value in state.items()})
+    net = jinv.models.load("mobilenet_v2", path, classes=7)
     assert_equal(net.variables, state)
     with pytest.raises(WeightsError, match="classes: 7 fits") as caught:
-        jinv.models.load("mobilenet_v2", tmp_path / "w.safetensors")
+        jinv.models.load("mobilenet_v2", path)
     assert caught.value.classes == 7
     with pytest.raises(WeightsError, match="it is of mobilenet_v2 with classes: 7"):
-        jinv.models.load("resnet18", tmp_path / "w.safetensors")
+        jinv.models.load("resnet18", path)

@@ -18,7 +18,7 @@ from jinv.models import layers
 from jinv.net import Net, parameters, with_parameters
 from jinv.objective.terms import label_loss
 
-QUICK = ("mobilenet_v3_small", "shufflenet_v2_x0_5", "resnet18_cifar")
+QUICK = ("mobilenet_v3_small", "shufflenet_v2_x0_5", "resnet20_cifar")
 OTHERS = (
     "alexnet",
     "convnext_tiny",
@@ -32,6 +32,7 @@ OTHERS = (
     "mobilenet_v2",
     "regnet_x_400mf",
     "regnet_y_400mf",
+    "resnet18_cifar",
     "resnet50",
     "squeezenet1_1",
     "vgg11_bn",
@@ -40,7 +41,11 @@ OTHERS = (
 LR, STEPS = 0.01, 5
 # MobileNetV3: torch divides by 6 in float32. MobileNetV2: rounding grows twentyfold a step.
 TOLERANCE = {"mobilenet_v3_small": 1e-4, "mobilenet_v2": 1e-5}
-SHAPES = {"maxvit_t": (2, 224, 224, 3), "inception_v3": (4, 128, 139, 3)}
+SHAPES = {
+    "inception_v3": (4, 128, 139, 3),
+    "maxvit_t": (2, 224, 224, 3),
+    "resnet20_cifar": (4, 16, 19, 3),
+}
 
 
 @pytest.mark.parametrize(
