@@ -67,6 +67,7 @@ def keys(tree: Any) -> set[str]:
     return set().union(*map(keys, tree)) if isinstance(tree, list) else set()
 
 
+@pytest.mark.slow
 def test_every_part_finishes(checked: tuple[int, dict[str, Any], str]) -> None:
     status, found, printed = checked
     assert [(each["part"], each["status"]) for each in found["parts"]] == [
@@ -77,6 +78,7 @@ def test_every_part_finishes(checked: tuple[int, dict[str, Any], str]) -> None:
     assert all(f"== {part}: finished" in printed for part in gpu_check.SHARES)
 
 
+@pytest.mark.slow
 def test_the_docstring_tells_every_key_and_no_other(
     checked: tuple[int, dict[str, Any], str],
 ) -> None:
@@ -89,6 +91,7 @@ def test_the_docstring_tells_every_key_and_no_other(
     assert keys(checked[1]) == told | {"seconds", "position"}
 
 
+@pytest.mark.slow
 def test_every_switch_is_timed_in_all_its_positions(
     checked: tuple[int, dict[str, Any], str],
 ) -> None:

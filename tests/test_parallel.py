@@ -295,7 +295,8 @@ def test_two_processes_share_the_batches_of_a_data_set(tmp_path: Path) -> None:
     assert found["both"] == found["one"]
 
 
-@pytest.mark.parametrize("method", ["generator", pytest.param("inversion", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["generator", "inversion"])
 def test_two_processes_share_a_distillation(tmp_path: Path, method: str) -> None:
     """Two devices each share every batch; the pool of images and the student are those of one."""
     tree = recipe_examples.distill(tmp_path) | {"run": {"test_every": 2}}

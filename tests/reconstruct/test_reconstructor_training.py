@@ -132,7 +132,7 @@ def test_a_step_is_the_loss_of_the_next_shadow_models(world: World, told: bool) 
         return losses.set_loss(found, truth, members).mean(), found
 
     before = network.parameters(state.variables)
-    (value, found), gradient = jax.value_and_grad(loss, has_aux=True)(before)
+    (value, found), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(before)
     np.testing.assert_allclose(info.loss, value, rtol=1e-5)
     apart = np.square(np.asarray(found)[:, None] - truth).mean((2, 3, 4))
     apart = apart if members is None else np.where(members, apart, np.inf)
