@@ -907,9 +907,9 @@ def test_nets_leave_neither_classes_nor_programs_nor_memory_behind() -> None:
 
     build_and_call(10)
     known, before = classes(), resident()
-    build_and_call(40)
+    build_and_call(100)
     assert classes() == known
-    assert [ref() for ref in applies] == [None] * 50
+    assert [ref() for ref in applies] == [None] * 110
     # Its variables are 5 kB, a program of it about 1 MB.
     assert resident() - before < 20e6
 

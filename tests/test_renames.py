@@ -316,7 +316,7 @@ def test_a_file_of_another_network_is_told_with_other_names_too(tmp_path: Path) 
     )
     state["features.0.0.weight"][:] = np.arange(27).reshape(3, 3, 3)
     names = others("mobilenet_v2")
-    path = tmp_path / "mobilenet.safetensors"
+    path = tmp_path / "w.safetensors"
     write(path, {names[name]: value for name, value in state.items()})
     net = jinv.models.load("mobilenet_v2", path, classes=7)
     assert_equal(net.variables, state)
